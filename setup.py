@@ -1,0 +1,120 @@
+"""Builds the native module `seqkernels._native` by driving CMake; all else stands in pyproject.toml.
+
+Environment variables of a build:
+    SEQKERNELS_NATIVE=0   leave the native module out (a pure Python install)
+    MAX_JOBS              compilers at a time (default: by processors and free memory)
+    CMAKE_ARGS            further arguments for CMake, such as -DSEQKERNELS_WERROR=ON
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+MEMORY_PER_JOB = 2 << 30  # bytes; a kernel source full of templates needs up to half of it
+
+
+def available_memory() -> int | None:
+    """Bytes that may be used: what the system has free, within the container's limit."""
+    bounds = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        bounds += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        bounds += [int(limit)] if limit.isdigit() else []
+    except OSError:
+        pass  # not Linux, or no such control group: the processors alone bound the jobs
+    return min(bounds, default=None)
+
+
+def job_count() -> int:
+    """Compilers to run at a time: MAX_JOBS, or what processors and memory allow."""
+    requested = os.environ.get("MAX_JOBS", "")
+    if requested:
+        if not requested.isdigit() or int(requested) < 1:
+            raise CompileError(f"MAX_JOBS: expected a positive integer, got {requested!r}")
+        return int(requested)
+    affinity = getattr(os, "sched_getaffinity", None)
+    jobs = len(affinity(0)) if affinity else os.cpu_count() or 1
+    memory = available_memory()
+    return jobs if memory is None else max(1, min(jobs, memory // MEMORY_PER_JOB))
+
+
+def find_tool(name: str) -> str | None:
+    """The tool of this Python environment if it has one (it need not be activated), else PATH's."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def native_wanted() -> bool:
+    value = os.environ.get("SEQKERNELS_NATIVE", "1")
+    if value not in ("0", "1"):
+        raise SystemExit(f"SEQKERNELS_NATIVE: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def describe(error: OSError | subprocess.CalledProcessError) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"`{Path(error.cmd[0]).name} {error.cmd[1]}` ended with status {error.returncode}"
+    return str(error)
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs CMake's target `_native` where setuptools expects it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.inplace:  # editable installs: a fixed place, so that a rebuild compiles what changed
+            self.build_temp = str(ROOT / "build" / "native")
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(
+                "seqkernels: the native CPU module could not be built; the reason stands above. It "
+                "needs a C++20 compiler (g++ >= 11 or clang >= 14; CXX names another one). Nothing "
+                "was installed. SEQKERNELS_NATIVE=0 installs without the native module: everything "
+                f"then runs on the plain PyTorch reference. [{describe(error)}]"
+            ) from error
+
+    def run_cmake(self, destination: Path) -> None:
+        import pybind11
+
+        cmake = find_tool("cmake")
+        if cmake is None:
+            raise FileNotFoundError("cmake was not found: pip install cmake")
+        build_dir = Path(self.build_temp).resolve()
+        configure = [
+            f"-DSEQKERNELS_VERSION={self.distribution.get_version()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        ninja = find_tool("ninja")
+        if ninja is not None:
+            # Named each time: the one in CMake's cache may have gone with its build environment.
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        jobs = str(job_count())
+
+        subprocess.check_call([cmake, "-S", str(ROOT), "-B", str(build_dir), *configure])
+        subprocess.check_call(
+            [cmake, "--build", str(build_dir), "--target", "_native", "--parallel", jobs]
+        )
+        subprocess.check_call([cmake, "--install", str(build_dir), "--prefix", str(destination)])
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("seqkernels._native", sources=[])] if native_wanted() else [],
+        cmdclass={"build_ext": CMakeBuild},
+    )
