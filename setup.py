@@ -1,4 +1,4 @@
-"""Builds the native module `seqkernels._native` by driving CMake; all else stands in pyproject.toml.
+"""Builds the native module `seqkernels._native` by driving CMake; the rest is in pyproject.toml.
 
 Environment variables of a build:
     SEQKERNELS_NATIVE=0   leave the native module out (a pure Python install)
@@ -73,7 +73,8 @@ class CMakeBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if self.inplace:  # editable installs: a fixed place, so that a rebuild compiles what changed
+        self.fresh = not self.inplace
+        if self.inplace:  # for editable installs: kept, so that a rebuild compiles what changed
             self.build_temp = str(ROOT / "build" / "native")
 
     def build_extension(self, ext: Extension) -> None:
@@ -103,6 +104,8 @@ class CMakeBuild(build_ext):
         if ninja is not None:
             # Named each time: the one in CMake's cache may have gone with its build environment.
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        if self.fresh:  # or CMake would keep to the compiler of an earlier build, whatever CXX says
+            configure.append("--fresh")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = str(job_count())
 

@@ -1,0 +1,81 @@
+"""The sdist and the wheels hold what they should, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+from tests.static.project import ROOT
+
+
+def tracked(folder: str, *suffixes: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    }
+
+
+def run_python(site: Path, code: str) -> str:
+    """Run code with the package from `site` (and nothing of this checkout) in front."""
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=site).stdout
+
+
+def test_sdist_holds_all_sources_and_no_build_results(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = tracked("csrc", ".h", ".cpp") | tracked("seqkernels", ".py")
+    expected |= tracked("tests", ".py", ".cpp")
+    expected |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    expected |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "constraints-dev.txt"}
+    expected |= {"LICENSE", "seqkernels/py.typed"}
+    assert expected <= names
+    assert not {n for n in names if n.endswith((".so", ".o", ".pyc")) or n.startswith("build/")}
+
+
+def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = {name for name in names if ".dist-info/" not in name}
+    native = {name for name in package if name.endswith(".so")}
+    assert len(native) == 1
+    assert next(iter(native)).startswith("seqkernels/_native.")
+    assert package - native == tracked("seqkernels", ".py", ".pyi", ".typed")
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "none-any" not in wheel.name
+
+
+def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "from seqkernels import _native; print(_native.__file__); "
+        "print(_native.isa_unsupported_reasons('portable'), _native.build_info()['version'])"
+    )
+    location, facts = run_python(tmp_path, code).splitlines()
+    assert Path(location).is_relative_to(tmp_path)
+    assert facts == f"[] {wheel.name.split('-')[1]}"
+
+
+def test_pure_wheel_holds_python_alone(pure_wheel: Path) -> None:
+    names = set(zipfile.ZipFile(pure_wheel).namelist())
+    package = {name for name in names if ".dist-info/" not in name}
+    assert package == tracked("seqkernels", ".py", ".pyi", ".typed")
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_pure_wheel_runs_on_the_reference(pure_wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    code = (
+        "import torch, seqkernels; "
+        "stock = torch.nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval(); "
+        "x = torch.randn(2, 3, 16); want = stock(x); "
+        "model = torch.nn.Sequential(stock); seqkernels.swap(model); "
+        "torch.set_grad_enabled(False); torch.testing.assert_close(model(x), want); "
+        "print(seqkernels.__file__)"
+    )
+    assert Path(run_python(tmp_path, code).strip()).is_relative_to(tmp_path)
+    info = "sys.argv[1:] = ['info']; import runpy; runpy.run_module('seqkernels', alter_sys=True)"
+    assert "native" in run_python(tmp_path, info)

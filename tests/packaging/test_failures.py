@@ -1,0 +1,110 @@
+"""An install that cannot work says so in one message and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import venv
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from setuptools.errors import CompileError
+
+from tests.packaging.building import run_build
+from tests.static.project import PROJECT, ROOT
+
+
+@pytest.fixture
+def setup_module_() -> ModuleType:
+    """setup.py as a module; importing it builds nothing."""
+    spec = importlib.util.spec_from_file_location("seqkernels_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(unpacked_sdist: Path, tmp_path: Path) -> Path:
+    """The unpacked sdist without the results of other tests' builds."""
+    results = shutil.ignore_patterns("build", "*.egg-info")
+    return Path(shutil.copytree(unpacked_sdist, tmp_path / "tree", ignore=results))
+
+
+def failed_build(source: Path, **env: str) -> str:
+    """The one line in which a build that must fail says why."""
+    out = source.parent / "out"
+    result = run_build(source, "wheel", out, **env)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0, output
+    assert not out.exists() or not list(out.iterdir())
+    assert not list(source.rglob("*.so"))
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    return line
+
+
+def test_no_compiler(tree: Path) -> None:
+    line = failed_build(tree, CXX="/nonexistent/c++")
+    assert "native CPU module could not be built" in line
+    assert "SEQKERNELS_NATIVE=0" in line
+
+
+def test_source_that_does_not_compile(tree: Path) -> None:
+    (tree / "csrc" / "cpu" / "processor.cpp").write_text("#error broken\n")
+    assert "native CPU module could not be built" in failed_build(tree, MAX_JOBS="1")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_max_jobs_is_checked(value: str, tree: Path) -> None:
+    line = failed_build(tree, MAX_JOBS=value)
+    assert line == f"error: MAX_JOBS: expected a positive integer, got {value!r}"
+
+
+def test_native_switch_is_checked(tree: Path, tmp_path: Path) -> None:
+    result = run_build(tree, "wheel", tmp_path / "out", SEQKERNELS_NATIVE="no")
+    assert result.returncode != 0
+    assert "SEQKERNELS_NATIVE: expected 0 or 1, got 'no'" in result.stdout + result.stderr
+
+
+def test_jobs_are_bounded(setup_module_: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    gigabyte = 1 << 30
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(setup_module_.os, "sched_getaffinity", lambda _: set(range(8)))
+    for memory, jobs in ((gigabyte // 2, 1), (5 * gigabyte, 2), (64 * gigabyte, 8), (None, 8)):
+        monkeypatch.setattr(setup_module_, "available_memory", lambda memory=memory: memory)
+        assert setup_module_.job_count() == jobs
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert setup_module_.job_count() == 3
+    monkeypatch.setenv("MAX_JOBS", "none")
+    with pytest.raises(CompileError, match="MAX_JOBS"):
+        setup_module_.job_count()
+
+
+@pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
+def test_environment_without_torch(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """One message that says what to do, from an environment that holds this package alone."""
+    venv.create(tmp_path, symlinks=True, with_pip=False)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    zipfile.ZipFile(request.getfixturevalue(kind)).extractall(site)
+    for command in (["-c", "import seqkernels"], ["-m", "seqkernels", "info"]):
+        result = subprocess.run(
+            [tmp_path / "bin" / "python", "-I", *command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert result.returncode != 0
+        (torch_bound,) = (r for r in PROJECT["dependencies"] if r.startswith("torch"))
+        version = re.escape(torch_bound.removeprefix("torch>="))
+        message = rf"seqkernels needs PyTorch >= {version}: pip install torch"
+        assert re.search(message, result.stderr.splitlines()[-1]), result.stderr
+        assert result.stderr.count("Traceback") <= 1, result.stderr

@@ -1,0 +1,20 @@
+"""The examples of the README run as they stand."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.static.project import ROOT
+
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_readme_example(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_is_an_example() -> None:
+    assert EXAMPLES

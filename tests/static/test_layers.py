@@ -1,0 +1,75 @@
+"""Imports point one way: nn -> ops -> backends -> native core; reference depends on torch alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.static.project import PACKAGE, ROOT
+
+LAYERS = ("backends", "ops", "nn")  # lowest first
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of all that a file of the package imports, anywhere in it."""
+    here = ["seqkernels", *path.relative_to(PACKAGE).with_suffix("").parts]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: -node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def files_of(part: str) -> list[Path]:
+    return sorted((PACKAGE / part).rglob("*.py"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_layer_imports_a_higher_one(layer: str) -> None:
+    higher = LAYERS[LAYERS.index(layer) + 1 :]
+    forbidden = [f"seqkernels.{name}" for name in (*higher, "swap", "explain", "cli")]
+    assert files_of(layer)
+    for path in files_of(layer):
+        assert not {n for n in imported_modules(path) if within(n, *forbidden)}, path
+
+
+def test_reference_depends_on_torch_alone() -> None:
+    standard = ("__future__", "collections", "dataclasses", "functools", "math", "typing")
+    for path in files_of("reference"):
+        names = imported_modules(path)
+        own = {n for n in names if within(n, "torch", "seqkernels.reference", *standard)}
+        assert names == own, path
+
+
+def test_only_backends_import_the_native_module() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if PACKAGE / "backends" not in path.parents:
+            assert not {n for n in imported_modules(path) if within(n, "seqkernels._native")}, path
+
+
+def test_native_core_includes_only_itself_and_the_system() -> None:
+    foreign = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h|cuda)')
+    core = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp"}]
+    assert core
+    for path in core:
+        if path.name != "python_module.cpp":
+            assert not foreign.search(path.read_text()), path
+
+
+def test_cmake_lists_every_native_source() -> None:
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    by_isa = {f"csrc/cpu/encoder_{n}.cpp" for n in re.findall(r"seqkernels_add_isa\((\w+) ", cmake)}
+    listed = set(re.findall(r"\bcsrc/[\w/]+\.cpp", cmake)) | by_isa
+    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
+    assert listed == present

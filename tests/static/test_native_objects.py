@@ -1,0 +1,103 @@
+"""No instruction stands where a processor without it could meet it; the module leaks nothing.
+
+These facts hold for the compiled objects, whatever the sources say: a flag on the wrong file or an
+inline function shared between two files would pass every other test on a new processor and crash
+on an old one.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections import defaultdict
+
+import pytest
+
+from tests.static.native_build import (
+    BUILD_DIR,
+    disassembly,
+    native_module,
+    native_objects,
+    run_tool,
+)
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64",
+    reason="reads x86-64 instructions from ELF objects",
+)
+
+# Each instruction class and how it shows in AT&T syntax.
+CLASSES = {
+    "vex": r"\tv(?!err|erw)[a-z0-9]+ ",  # any AVX encoding, 128-bit ones included
+    "ymm": r"%ymm",
+    "zmm": r"%zmm",
+    "bf16": r"\tv(dpbf16ps|cvtne2?ps2bf16)",
+    "amx": r"\t(tdp\w+|tileload\w+|tilestored|tilezero|tilerelease|ldtilecfg|sttilecfg)\b",
+}
+
+# What the object of each instruction set may hold, and what it must: a kernel built without its own
+# instructions would be correct, and slow. Every other object must hold none of the classes.
+ALLOWED = {
+    "encoder_avx2": {"vex", "ymm"},
+    "encoder_avx512": {"vex", "ymm", "zmm"},
+    "encoder_avx512_bf16": {"vex", "ymm", "zmm", "bf16"},
+    "encoder_amx_bf16": {"vex", "ymm", "zmm", "bf16", "amx"},
+}
+REQUIRED = {
+    "encoder_avx2": r"\tvfmadd\d+ps .*%ymm",
+    "encoder_avx512": r"\tvfmadd\d+ps .*%zmm",
+    "encoder_avx512_bf16": r"\tvdpbf16ps .*%zmm",
+    "encoder_amx_bf16": r"\ttdpbf16ps ",
+}
+
+
+def test_every_instruction_set_is_known_here() -> None:
+    """A new kernel source gets its row in the tables above; a compiler may be too old for some."""
+    cache = (BUILD_DIR / "CMakeCache.txt").read_text() if native_objects() else ""
+    built = re.findall(r"SEQKERNELS_COMPILER_HAS_(\w+):INTERNAL=1", cache)
+    assert {f"encoder_{name.lower()}" for name in built} == set(ALLOWED) & set(native_objects())
+    assert "AVX2" in built
+    assert set(ALLOWED) == set(REQUIRED)
+
+
+def test_objects_hold_only_their_own_instructions() -> None:
+    found = {
+        stem: {name for name, pattern in CLASSES.items() if re.search(pattern, disassembly(stem))}
+        for stem in native_objects()
+    }
+    strangers = {stem: classes - ALLOWED.get(stem, set()) for stem, classes in found.items()}
+    assert not {stem: classes for stem, classes in strangers.items() if classes}
+
+
+@pytest.mark.parametrize("stem", REQUIRED)
+def test_kernels_use_their_instructions(stem: str) -> None:
+    if stem not in native_objects():
+        pytest.skip(f"this compiler is too old for {stem}")
+    assert re.search(REQUIRED[stem], disassembly(stem))
+
+
+def test_no_shared_code_between_instruction_sets() -> None:
+    """The linker keeps one copy of a weak symbol: it could be that of the newest processor."""
+    owners = defaultdict(set)
+    for stem, path in native_objects().items():
+        for line in run_tool("nm", "--format=posix", "--defined-only", path).splitlines():
+            symbol, kind = line.split()[:2]
+            if kind in "Wu":
+                owners[symbol].add(stem)
+    shared = {s: stems for s, stems in owners.items() if len(stems) > 1 and stems & set(ALLOWED)}
+    assert not shared
+
+
+def test_module_exports_its_init_function_alone() -> None:
+    lines = run_tool("nm", "--dynamic", "--defined-only", native_module()).splitlines()
+    assert [line.split()[-1] for line in lines] == ["PyInit__native"]
+
+
+def test_module_needs_only_the_system() -> None:
+    """Neither torch, nor CUDA, nor an OpenMP run-time of its own."""
+    needed = re.findall(
+        r"NEEDED\s+(\S+)", run_tool("objdump", "--private-headers", native_module())
+    )
+    system = r"(libstdc\+\+|libgcc_s|libm|libc|libpthread|ld-linux-x86-64)\.so\.\d+"
+    assert [name for name in needed if not re.fullmatch(system, name)] == []
