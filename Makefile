@@ -15,6 +15,7 @@ TEXT_FILES := $(PYTHON_FILES) csrc CMakeLists.txt pyproject.toml .ci
 BANNED := -march=native|make_block_ptr|(^|[^A-Za-z0-9_.}])/(home|root|work|Users|opt|tmp)/|\b(TODO|FIXME)\b
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo test bench lint format native clean
 
 help:  ## this list

@@ -15,7 +15,7 @@ import pytest
 from setuptools.errors import CompileError
 
 from tests.packaging.building import run_build
-from tests.static.project import PROJECT, ROOT
+from tests.static.project import ROOT
 
 
 @pytest.fixture
@@ -103,8 +103,6 @@ def test_environment_without_torch(
             check=False,
         )
         assert result.returncode != 0
-        (torch_bound,) = (r for r in PROJECT["dependencies"] if r.startswith("torch"))
-        version = re.escape(torch_bound.removeprefix("torch>="))
-        message = rf"seqkernels needs PyTorch >= {version}: pip install torch"
-        assert re.search(message, result.stderr.splitlines()[-1]), result.stderr
+        last = result.stderr.splitlines()[-1]
+        assert re.search(r"seqkernels needs PyTorch\b.*\bpip install torch\b", last), result.stderr
         assert result.stderr.count("Traceback") <= 1, result.stderr
