@@ -137,11 +137,11 @@ def encoder(
             raise ValueError(f"encoder: {name}: expected one of {_CHOICES[name]}, got {value!r}")
     _check_combination(candidate, fusion, padding, latest_k, pool)
 
-    valid = _valid_positions(x, key_padding_mask, lengths)  # [B, L]
+    valid = valid_positions(x, key_padding_mask, lengths)  # [B, L]
     if padding != "compute":
         # Nothing of a padded slot is read, so that its NaN cannot reach a gradient either.
         x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-    tokens, valid = _fuse(x, candidate, valid, fusion, order)  # [B, L', D], [B, L']
+    tokens, valid = fuse(x, candidate, valid, fusion, order)  # [B, L', D], [B, L']
 
     cast = [None if w is None else w.to(tokens.dtype) for w in weights]
     num_layers, extra = divmod(len(cast), _PER_LAYER)
@@ -169,10 +169,7 @@ def encoder(
 
     if latest_k is None:
         return tokens
-    parts = [_latest(tokens, valid, latest_k, order)]
-    if pool == "max":
-        parts.append(_max_pool(tokens, valid if padding == "exclude" else None))
-    return torch.cat(parts, dim=-1)
+    return summarize(tokens, valid, padding, order, latest_k, pool)
 
 
 def _check_combination(
@@ -195,7 +192,7 @@ def _check_combination(
         raise ValueError(f"encoder: padding: 'exclude' expected pool='max', got pool={pool!r}")
 
 
-def _valid_positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+def valid_positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
     """[B, L] bool, True where an event is to be attended to."""
     batch, length = x.shape[:2]
     if mask is not None and lengths is not None:
@@ -225,7 +222,7 @@ def _valid_positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> 
     return kept
 
 
-def _fuse(
+def fuse(
     x: Tensor, candidate: Tensor | None, valid: Tensor, fusion: str, order: str
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, L', D] the encoder sees, and which of them are valid [B, L']."""
@@ -299,6 +296,16 @@ def _activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def summarize(
+    tokens: Tensor, valid: Tensor, padding: str, order: str, latest_k: int, pool: str
+) -> Tensor:
+    """[latest k ; pool] of the encoded tokens; [B, L', D], valid [B, L'] -> [B, out]."""
+    parts = [_latest(tokens, valid, latest_k, order)]
+    if pool == "max":
+        parts.append(_max_pool(tokens, valid if padding == "exclude" else None))
+    return torch.cat(parts, dim=-1)
 
 
 def _latest(tokens: Tensor, valid: Tensor, k: int, order: str) -> Tensor:
