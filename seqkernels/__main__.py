@@ -1,0 +1,46 @@
+"""``python -m seqkernels info | demo | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "info": "what was built, what this machine can run, what would be chosen",
+    "demo": "train a small ranker on real data, swap its encoder, compare (needs [demo])",
+    "bench": "measure workloads beside other implementations (needs [bench])",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; only its own module is imported."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m seqkernels",
+        description="Inference kernels for ranking models that read user action sequences.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    chosen = given[0] if given and given[0] in COMMANDS else None
+    module = None
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == chosen:
+            try:
+                module = importlib.import_module(f"seqkernels.cli.{name}")
+            except ModuleNotFoundError as error:
+                print(
+                    f"seqkernels {name}: {error.name} is not installed: "
+                    f"pip install 'seqkernels[{name}]'",
+                    file=sys.stderr,
+                )
+                return 2
+            module.add_arguments(subparser)
+    parsed = parser.parse_args(given)
+    assert module is not None  # the parser let only known commands pass
+    return int(module.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What the op hands to a backend: one checked call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from seqkernels.backends.weights import WeightSet
+
+
+class EncoderOptions(NamedTuple):
+    """What the model fixes beside its weights; with them, the key of the packed weights."""
+
+    nhead: int
+    activation: str
+    negative_slope: float
+    norm_first: bool
+    layer_norm_eps: float
+    final_norm_eps: float
+
+
+class EncoderCall(NamedTuple):
+    """A call of the op ``encoder`` whose shapes, dtypes, devices and options are checked.
+
+    Letters: B sequences, L events, L' tokens (L + 1 with fusion "append"), D model width.
+    Not checked: the values of a floating mask (done) and of ``lengths`` (the backend does).
+    """
+
+    x: Tensor  # [B, L, E], last dimension contiguous
+    candidate: Tensor | None  # [B, C], last dimension contiguous
+    weights: Sequence[Tensor | None]
+    weight_set: WeightSet
+    mask: Tensor | None  # [B, L] bool, True = ignore; at most one of mask and lengths
+    lengths: Tensor | None  # [B] int32 or int64
+    options: EncoderOptions
+    fusion: str
+    padding: str
+    order: str
+    latest_k: int | None
+    pool: str
+    out: Tensor  # [B, L', D] or [B, latest_k * D (+ D)], to be written; B >= 1

@@ -1,0 +1,195 @@
+"""What is derived from the weights of an encoder, kept as long as the weights live and stay equal.
+
+A module hands its plain parameters to the op on each call, so that exported and compiled graphs
+hold parameters and the state dict stays torch's. What a backend derives from them (packed weights)
+rests here, found by the identity of the weight tensors and trusted while each one's address and
+version counter are what they were. That follows ``load_state_dict``, ``.to()``, optimizer steps,
+``p.data = ...`` and in-place edits of a parameter.
+
+What escapes a version counter escapes this: in-place edits through ``p.data`` or a NumPy view, of
+which torch keeps no count. `forget` drops everything for such cases; the modules call it when they
+go from evaluation to training. Tensors made under ``torch.inference_mode`` have no
+counter at all: what is derived from them is not kept.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PER_LAYER = 12
+_LAYER_NAMES = (
+    "self_attn.in_proj_weight",
+    "self_attn.in_proj_bias",
+    "self_attn.out_proj.weight",
+    "self_attn.out_proj.bias",
+    "linear1.weight",
+    "linear1.bias",
+    "linear2.weight",
+    "linear2.bias",
+    "norm1.weight",
+    "norm1.bias",
+    "norm2.weight",
+    "norm2.bias",
+)
+_PROJECTIONS = (0, 2, 4, 6)  # these may not be absent
+
+_data_ptr = Tensor.data_ptr
+_version = attrgetter("_version")
+
+
+class EncoderShape(NamedTuple):
+    """Sizes of an encoder, read from its weights."""
+
+    d_model: int
+    dim_feedforward: int
+    num_layers: int
+    has_final_norm: bool
+    device: torch.device
+
+
+def read_shape(weights: Sequence[Tensor | None]) -> EncoderShape:
+    """Check an encoder's weights and return its sizes.
+
+    Raises
+    ------
+    ValueError
+        For a wrong number of weights, a missing projection, a wrong shape or mixed devices.
+    TypeError
+        For weights that are not floating.
+    """
+    num_layers, extra = divmod(len(weights), PER_LAYER)
+    if num_layers == 0 or extra not in (0, 2):
+        raise ValueError(
+            f"encoder: weights: expected {PER_LAYER} per layer and 0 or 2 for the final norm, "
+            f"got {len(weights)}"
+        )
+    first, first_linear = weights[0], weights[4]
+    if first is None or first.dim() != 2 or first_linear is None or first_linear.dim() != 2:
+        raise ValueError(
+            "encoder: weights: expected matrices for in_proj_weight and linear1.weight, "
+            f"got {_describe(first)} and {_describe(first_linear)}"
+        )
+    d, f, device = first.shape[1], first_linear.shape[0], first.device
+    layer = ((3 * d, d), (3 * d,), (d, d), (d,), (f, d), (f,), (d, f), (d,), *[(d,)] * 4)
+    for index, weight in enumerate(weights):
+        n, i = divmod(index, PER_LAYER)
+        in_layer = n < num_layers
+        name = f"layers.{n}.{_LAYER_NAMES[i]}" if in_layer else ("norm.weight", "norm.bias")[i]
+        expected = layer[i] if in_layer else (d,)
+        if weight is None:
+            if in_layer and i in _PROJECTIONS:
+                raise ValueError(f"encoder: weights: expected a tensor for {name}, got None")
+            continue
+        if weight.shape != expected:
+            raise ValueError(
+                f"encoder: weights: expected shape {expected} for {name}, got {_describe(weight)}"
+            )
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"encoder: weights: expected a floating dtype for {name}, got {weight.dtype}"
+            )
+        if weight.device != device:
+            raise ValueError(
+                f"encoder: weights: expected {name} on {device} like the first one, "
+                f"got {weight.device}"
+            )
+    return EncoderShape(d, f, num_layers, extra == 2, device)
+
+
+def _describe(weight: Tensor | None) -> str:
+    return "None" if weight is None else str(tuple(weight.shape))
+
+
+class WeightSet:
+    """The sizes of one encoder, and what backends derived from its present weights."""
+
+    __slots__ = ("_derived", "_references", "_storages", "complete", "fingerprint", "shape")
+
+    def __init__(self, weights: Sequence[Tensor | None]) -> None:
+        self.shape = read_shape(weights)
+        self.complete = all(w is not None for w in weights)
+        self.fingerprint: list[int] | None = None
+        self._references: list[weakref.ref[Tensor]] = []
+        self._storages: list[torch.UntypedStorage] = []
+        self._derived: dict[Hashable, Any] = {}
+
+    def keep(self, weights: Sequence[Tensor], fingerprint: list[int], key: tuple[int, ...]) -> None:
+        """Enter the cache under `key`, until one of the weights dies."""
+        self.fingerprint = fingerprint
+        # The storages are held so that a new one cannot come to lie at an address seen before.
+        self._storages = [w.untyped_storage() for w in weights]
+        # pop(key, reference): the dying reference serves as the default.
+        self._references = [weakref.ref(w, partial(_sets.pop, key)) for w in weights]
+        _sets[key] = self
+
+    def derived(self, key: Hashable, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What `make(*arguments)` returned for `key`; made by one thread, once."""
+        value = self._derived.get(key)
+        if value is None:
+            with _lock:
+                value = self._derived.get(key)
+                if value is None:
+                    value = self._derived[key] = make(*arguments)
+        return value
+
+
+_sets: dict[tuple[int, ...], WeightSet] = {}
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Another thread may have held the lock at the fork; in the child nobody would release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def lookup(weights: Sequence[Tensor | None]) -> WeightSet:
+    """The `WeightSet` of these weights, checked and new where they are new or have changed."""
+    key = tuple(map(id, weights))
+    found = _sets.get(key)
+    if found is not None and found.complete:
+        present: Sequence[Tensor] = weights  # type: ignore[assignment]
+    else:
+        present = [w for w in weights if w is not None]
+    try:
+        fingerprint = list(map(_data_ptr, present)) + list(map(_version, present))
+    except RuntimeError:
+        if not any(w.is_inference() for w in present):
+            raise
+        return WeightSet(weights)  # no version counters: nothing to trust on the next call
+    if found is not None and found.fingerprint == fingerprint:
+        return found
+    with _lock:
+        found = _sets.get(key)
+        if found is None or found.fingerprint != fingerprint:
+            found = WeightSet(weights)
+            found.keep(present, fingerprint, key)
+    return found
+
+
+def forget(weights: Sequence[Tensor | None] | None = None) -> None:
+    """Drop what is kept for these weights, or for all.
+
+    Needed only after an edit that torch does not count, such as ``p.data.mul_(2)``.
+
+    Examples
+    --------
+    >>> from seqkernels import backends
+    >>> backends.forget()
+    """
+    if weights is None:
+        _sets.clear()
+    else:
+        _sets.pop(tuple(map(id, weights)), None)

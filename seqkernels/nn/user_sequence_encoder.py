@@ -1,0 +1,264 @@
+"""A user's action sequence, joined with the candidate, encoded and summarized in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqkernels import backends, ops
+from seqkernels.nn import read
+from seqkernels.nn.transformer_encoder import (
+    LAYER_TYPES,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+from seqkernels.ops.encoder import check_inputs, check_summary, ignored_positions
+from seqkernels.reference.encoder import fuse, summarize
+
+
+class UserSequenceEncoder(nn.Module):
+    """Encode a user's events for a candidate item and return short- and long-term interest.
+
+    The events, each joined with the candidate (early fusion), pass a Transformer encoder; what
+    leaves is the latest few tokens, flattened, and the maximum over all positions::
+
+        tokens = [event_l ; candidate]   or   candidate, event_1, ..., event_L
+        h = encoder(tokens);   out = [h of the latest k ; max over positions of h]
+
+    Parameters
+    ----------
+    event_dim : int
+        E, the width of an event.
+    candidate_dim : int
+        C, the width of the candidate; 0 with ``fusion="none"``, E with ``"append"``.
+    nhead, dim_feedforward, num_layers : int
+        Of the Transformer encoder. Its width D (``d_model``) is E + C with ``"concat"``, else E.
+    fusion : str
+        ``"concat"``: the candidate is appended to every event; ``"append"``: it is one more
+        token, the most recent one, never ignored; ``"none"``: there is no candidate.
+    latest_k : int or None
+        How many of the most recent tokens to return: those that start at the first valid position
+        (``order="latest_first"``) or end at the last valid one (``"latest_last"``), 0 where the
+        sequence ends before. ``None``: the whole sequence [B, L', D], and no pool.
+    pool : str
+        ``"max"`` or ``"none"``.
+    pool_padding : str
+        What ignored positions hold for both summaries. ``"zero"``: 0 (then the final norm, if
+        any); ``"compute"``: the encoder's output for a query there; ``"exclude"``: 0, and they do
+        not enter the maximum.
+    order : str
+        ``"latest_first"`` or ``"latest_last"``: which end of the sequence is the most recent.
+    activation, norm_first, layer_norm_eps, bias, dropout, device, dtype
+        As in `TransformerEncoderLayer`.
+    final_norm : bool
+        Whether a layer norm follows the last layer.
+    backend : str
+        ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Attributes
+    ----------
+    d_model : int
+        Width of a token.
+    out_dim : int
+        Width of the result: ``latest_k * d_model``, plus ``d_model`` with ``pool="max"``.
+    encoder : TransformerEncoder
+        The weights, with the keys of ``torch.nn.TransformerEncoder``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options or inputs of the wrong shape, value or kind.
+
+    Examples
+    --------
+    >>> import torch, seqkernels
+    >>> module = seqkernels.nn.UserSequenceEncoder(64, 32, 2, 32, 2, latest_k=8).eval()
+    >>> events, candidate = torch.randn(4, 100, 64), torch.randn(4, 32)
+    >>> with torch.inference_mode():
+    ...     out = module(events, candidate, lengths=torch.tensor([100, 60, 3, 0]))
+    >>> out.shape, module.out_dim
+    (torch.Size([4, 864]), 864)
+    """
+
+    def __init__(
+        self,
+        event_dim: int,
+        candidate_dim: int,
+        nhead: int,
+        dim_feedforward: int,
+        num_layers: int,
+        *,
+        fusion: str = "concat",
+        latest_k: int | None = 8,
+        pool: str = "max",
+        pool_padding: str = "zero",
+        order: str = "latest_first",
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        bias: bool = True,
+        dropout: float = 0.1,
+        final_norm: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_summary(fusion, pool_padding, order, latest_k, pool)
+        expected = {"none": 0, "append": event_dim}.get(fusion, candidate_dim)
+        if candidate_dim != expected or candidate_dim < 0:
+            raise ValueError(
+                f"UserSequenceEncoder: candidate_dim: expected {max(expected, 0)} for "
+                f"fusion={fusion!r} and event_dim={event_dim}, got {candidate_dim}"
+            )
+        if num_layers < 1:
+            raise ValueError(
+                f"UserSequenceEncoder: num_layers: expected at least 1, got {num_layers}"
+            )
+        self.event_dim = event_dim
+        self.candidate_dim = candidate_dim
+        self.d_model = event_dim + candidate_dim if fusion == "concat" else event_dim
+        self.fusion = fusion
+        self.latest_k = latest_k
+        self.pool = pool
+        self.pool_padding = pool_padding
+        self.order = order
+        self.backend = backend
+        layer = TransformerEncoderLayer(
+            self.d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            True,
+            norm_first,
+            bias,
+            device,
+            dtype,
+            backend=backend,
+        )
+        norm = (
+            nn.LayerNorm(self.d_model, layer_norm_eps, bias=bias, device=device, dtype=dtype)
+            if final_norm
+            else None
+        )
+        self.encoder = TransformerEncoder(
+            layer,
+            num_layers,
+            norm,
+            padded_output="compute" if pool_padding == "compute" else "zero",
+            backend=backend,
+        )
+
+    @property
+    def out_dim(self) -> int:
+        """Width of the result."""
+        if self.latest_k is None:
+            return self.d_model
+        return (self.latest_k + (self.pool == "max")) * self.d_model
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        shown = ("event_dim", "candidate_dim", "fusion", "latest_k", "pool", "pool_padding")
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n in (*shown, "order", "backend"))
+
+    def forward(
+        self,
+        events: Tensor,
+        candidate: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Encode and summarize.
+
+        Parameters
+        ----------
+        events : Tensor
+            [B, L, E], float32 or bfloat16 (float16 and float64 run the definition).
+        candidate : Tensor, optional
+            [B, C], of the same dtype; ``None`` with ``fusion="none"``.
+        key_padding_mask : Tensor, optional
+            [B, L], bool (True: ignore) or floating (0: keep, -inf: ignore).
+        lengths : Tensor, optional
+            [B] int32 or int64: the first ``lengths[b]`` events are valid. At most one of the two.
+
+        Returns
+        -------
+        Tensor
+            [B, out_dim], or [B, L', D] with ``latest_k=None`` (L' = L + 1 with
+            ``fusion="append"``), in the dtype of `events`.
+        """
+        encoder = self.encoder
+        if not self.training and not encoder.training:
+            now = read.read_encoder(encoder, LAYER_TYPES)
+            if (
+                now is not None
+                and not now.norm_outside
+                and not (encoder._forward_hooks or encoder._forward_pre_hooks)
+            ):
+                return ops.encoder(
+                    events,
+                    candidate,
+                    now.weights,
+                    key_padding_mask,
+                    lengths,
+                    now.nhead,
+                    now.activation,
+                    now.negative_slope,
+                    now.norm_first,
+                    now.eps,
+                    now.final_eps,
+                    self.fusion,
+                    self.pool_padding,
+                    self.order,
+                    self.latest_k,
+                    self.pool,
+                    self.backend,
+                )
+        reasons = self.fallback_reasons()
+        if reasons and not (self.training and torch.is_grad_enabled()):
+            backends.report_fallback("encoder", self.backend, reasons)
+        return self._definition(events, candidate, key_padding_mask, lengths)
+
+    def fallback_reasons(self) -> list[str]:
+        """Every reason why a call runs the definition; empty if none."""
+        reasons = read.training_reasons(self)
+        reasons += read.hook_reasons(self.encoder, "encoder")
+        reasons += read.encoder_reasons(self.encoder, LAYER_TYPES)
+        if type(self.encoder.norm) not in (nn.LayerNorm, type(None)):
+            reasons.append(f"encoder.norm is a {type(self.encoder.norm).__name__}")
+        elif self.encoder.norm is not None:
+            reasons += read.hook_reasons(self.encoder.norm, "encoder.norm")
+        return reasons
+
+    def _definition(
+        self,
+        events: Tensor,
+        candidate: Tensor | None,
+        key_padding_mask: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """The encoder by its submodules (dropout and hooks included), then the summary."""
+        check_inputs(
+            events,
+            candidate,
+            key_padding_mask,
+            lengths,
+            self.fusion,
+            self.d_model,
+            next(self.parameters()).device,
+        )
+        ignored = ignored_positions(events, key_padding_mask, lengths)
+        valid = torch.ones(events.shape[:2], dtype=torch.bool, device=events.device)
+        if ignored is not None:
+            valid = ~ignored
+        tokens, valid = fuse(events, candidate, valid, self.fusion, self.order)
+        h: Tensor = self.encoder(tokens, src_key_padding_mask=None if ignored is None else ~valid)
+        if self.latest_k is None:
+            return h
+        return summarize(h, valid, self.pool_padding, self.order, self.latest_k, self.pool)

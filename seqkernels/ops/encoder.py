@@ -1,0 +1,456 @@
+"""``torch.ops.seqkernels.encoder``: a whole Transformer encoder, its input fusion and its summary.
+
+The op checks its arguments once, chooses a backend and lets it write the output. With gradients
+to record it is the differentiable reference definition instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqkernels import backends
+from seqkernels.backends import reference as reference_backend
+from seqkernels.backends.call import EncoderCall, EncoderOptions
+from seqkernels.backends.weights import lookup, read_shape
+from seqkernels.ops.library import LIBRARY, NAMESPACE
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": ("relu", "gelu", "gelu_tanh", "leaky_relu"),
+    "fusion": ("none", "concat", "append"),
+    "padding": ("zero", "compute", "exclude"),
+    "order": ("latest_first", "latest_last"),
+    "pool": ("none", "max"),
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LENGTH_DTYPES = (torch.int64, torch.int32)
+_NEEDS_GRADIENT = (
+    "gradients are to be recorded (grad mode is on and x or a weight requires grad); "
+    "call it under torch.inference_mode() or torch.no_grad()"
+)
+
+LIBRARY.define(
+    "encoder(Tensor x, Tensor? candidate, Tensor?[] weights, Tensor? key_padding_mask, "
+    "Tensor? lengths, int nhead, str activation, float negative_slope, bool norm_first, "
+    "float layer_norm_eps, float final_norm_eps, str fusion, str padding, str order, "
+    "int? latest_k, str pool, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def check_choice(argument: str, value: str) -> None:
+    """Raise ValueError unless `value` is a legal value of this string argument."""
+    if value not in _CHOICES[argument]:
+        raise ValueError(
+            f"encoder: {argument}: expected one of {', '.join(_CHOICES[argument])}, got {value!r}"
+        )
+
+
+def check_heads(d_model: int, nhead: int) -> None:
+    """Raise ValueError unless `nhead` divides `d_model`."""
+    if nhead < 1 or d_model % nhead:
+        raise ValueError(f"encoder: nhead: expected a divisor of d_model = {d_model}, got {nhead}")
+
+
+def check_summary(fusion: str, padding: str, order: str, latest_k: int | None, pool: str) -> None:
+    """Raise ValueError for a combination of options that has no meaning."""
+    check_choice("fusion", fusion)
+    check_choice("padding", padding)
+    check_choice("order", order)
+    check_choice("pool", pool)
+    if latest_k is None:
+        if pool != "none":
+            raise ValueError(f"encoder: pool: expected 'none' without latest_k, got {pool!r}")
+    elif latest_k < (pool == "none"):
+        low = int(pool == "none")
+        raise ValueError(
+            f"encoder: latest_k: expected at least {low} with pool={pool!r}, got {latest_k}"
+        )
+    if padding == "exclude" and pool != "max":
+        raise ValueError(f"encoder: padding: 'exclude' needs pool='max', got pool={pool!r}")
+
+
+@lru_cache(maxsize=256)
+def _checked_options(
+    d_model: int,
+    nhead: int,
+    activation: str,
+    negative_slope: float,
+    norm_first: bool,
+    layer_norm_eps: float,
+    final_norm_eps: float,
+    fusion: str,
+    padding: str,
+    order: str,
+    latest_k: int | None,
+    pool: str,
+) -> EncoderOptions:
+    """Everything that is no tensor, checked; a model brings the same on every call."""
+    check_heads(d_model, nhead)
+    check_choice("activation", activation)
+    check_summary(fusion, padding, order, latest_k, pool)
+    return EncoderOptions(
+        nhead, activation, negative_slope, norm_first, layer_norm_eps, final_norm_eps
+    )
+
+
+def check_inputs(
+    x: Tensor,
+    candidate: Tensor | None,
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    fusion: str,
+    d_model: int,
+    device: torch.device,
+) -> None:
+    """Raise unless the tensors fit each other, `d_model` and `fusion`; no value is looked at."""
+    _check_x(x, candidate, fusion, d_model, device)
+    _check_validity(x, key_padding_mask, lengths)
+
+
+def _check_x(
+    x: Tensor, candidate: Tensor | None, fusion: str, d_model: int, device: torch.device
+) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"encoder: x: expected 3 dimensions [B, L, E], got {_shape(x)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"encoder: x: expected float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if x.device != device:
+        raise ValueError(f"encoder: x: expected device {device} of weights, got {x.device}")
+    width = x.shape[2]
+    if candidate is None:
+        if fusion != "none":
+            raise ValueError(
+                f"encoder: candidate: expected a tensor for fusion={fusion!r}, got None"
+            )
+        if width != d_model:
+            raise ValueError(
+                f"encoder: x: expected last dimension {d_model} (d_model), got {_shape(x)}"
+            )
+        return
+    if fusion == "none":
+        raise ValueError(
+            f"encoder: candidate: expected None for fusion='none', got {_shape(candidate)}"
+        )
+    if candidate.dim() != 2 or candidate.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"encoder: candidate: expected shape [B, C] with B = {x.shape[0]}, "
+            f"got {_shape(candidate)}"
+        )
+    if candidate.dtype != x.dtype:
+        raise TypeError(
+            f"encoder: candidate: expected dtype {x.dtype} like x, got {candidate.dtype}"
+        )
+    if candidate.device != x.device:
+        raise ValueError(
+            f"encoder: candidate: expected device {x.device} like x, got {candidate.device}"
+        )
+    d, c = d_model, candidate.shape[1]
+    if fusion == "append":
+        if width != d or c != d:
+            raise ValueError(
+                f"encoder: x, candidate: expected last dimension {d} (d_model) of both for "
+                f"fusion='append', got {width} and {c}"
+            )
+    elif width + c != d:
+        raise ValueError(
+            f"encoder: x, candidate: expected last dimensions that add up to {d} (d_model) for "
+            f"fusion='concat', got {width} and {c}"
+        )
+
+
+def _check_validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> None:
+    """Everything about them but their values."""
+    if mask is not None:
+        if lengths is not None:
+            raise ValueError(
+                "encoder: lengths: expected None beside key_padding_mask, got a tensor"
+            )
+        if mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"encoder: key_padding_mask: expected shape [B, L] = "
+                f"({x.shape[0]}, {x.shape[1]}), got {_shape(mask)}"
+            )
+        if mask.dtype is not torch.bool and not mask.is_floating_point():
+            raise TypeError(
+                "encoder: key_padding_mask: expected bool (True = ignore) or a floating dtype "
+                f"(0 = keep, -inf = ignore), got {mask.dtype}"
+            )
+        if mask.device != x.device:
+            raise ValueError(
+                f"encoder: key_padding_mask: expected device {x.device} like x, got {mask.device}"
+            )
+    elif lengths is not None:
+        if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"encoder: lengths: expected shape [B] = ({x.shape[0]},), got {_shape(lengths)}"
+            )
+        if lengths.dtype not in _LENGTH_DTYPES:
+            raise TypeError(f"encoder: lengths: expected int32 or int64, got {lengths.dtype}")
+        if lengths.device != x.device:
+            raise ValueError(
+                f"encoder: lengths: expected device {x.device} like x, got {lengths.device}"
+            )
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it holds values, rather than stand in for them while a graph is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def bool_mask(mask: Tensor) -> Tensor:
+    """A floating mask as its bool twin, once its values are found legal."""
+    ignored = mask == float("-inf")
+    if _is_plain(mask) and not bool(((mask == 0) | ignored).all()):
+        other = mask[(mask != 0) & ~ignored].flatten()[0].item()
+        raise ValueError(
+            "encoder: key_padding_mask: expected a floating mask of only 0 (keep) and -inf "
+            f"(ignore), a bias is not supported; got {other}"
+        )
+    return ignored
+
+
+def check_lengths(lengths: Tensor, limit: int) -> None:
+    """Raise ValueError for a length outside 0 .. limit."""
+    if _is_plain(lengths) and lengths.numel():
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        if low < 0 or high > limit:
+            wrong = low if low < 0 else high
+            raise ValueError(f"encoder: lengths: expected values in 0 .. {limit} (L), got {wrong}")
+
+
+def ignored_positions(
+    x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None
+) -> Tensor | None:
+    """Either way to say it as a bool mask [B, L], True = ignore, once the values are checked."""
+    if lengths is not None:
+        check_lengths(lengths, x.shape[1])
+        return torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
+    if key_padding_mask is not None and key_padding_mask.dtype is not torch.bool:
+        return bool_mask(key_padding_mask)
+    return key_padding_mask
+
+
+def _new_output(x: Tensor, d_model: int, fusion: str, latest_k: int | None, pool: str) -> Tensor:
+    """The output, not filled; a full sequence lies in memory in the order of x's dimensions."""
+    batch, length, _ = x.shape
+    if latest_k is not None:
+        return x.new_empty((batch, (latest_k + (pool == "max")) * d_model))
+    if fusion == "append":
+        length = length + 1
+    stride_b, stride_l, _ = x.stride()
+    if 0 < stride_b < stride_l:
+        return x.new_empty((length, batch, d_model)).transpose(0, 1)
+    return x.new_empty((batch, length, d_model))
+
+
+def _run(
+    x: Tensor,
+    candidate: Tensor | None,
+    weights: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    nhead: int,
+    activation: str,
+    negative_slope: float,
+    norm_first: bool,
+    layer_norm_eps: float,
+    final_norm_eps: float,
+    fusion: str,
+    padding: str,
+    order: str,
+    latest_k: int | None,
+    pool: str,
+    backend: str,
+) -> Tensor:
+    weight_set = lookup(weights)
+    d_model, _, _, _, device = weight_set.shape
+    options = _checked_options(
+        d_model,
+        nhead,
+        activation,
+        negative_slope,
+        norm_first,
+        layer_norm_eps,
+        final_norm_eps,
+        fusion,
+        padding,
+        order,
+        latest_k,
+        pool,
+    )
+    check_inputs(x, candidate, key_padding_mask, lengths, fusion, d_model, device)
+    choice, label = backends.choose("encoder", backend, device.type, x.dtype)
+
+    out = _new_output(x, d_model, fusion, latest_k, pool)
+    batch, length, _ = x.shape
+    mask = key_padding_mask
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = bool_mask(mask)
+    if batch == 0:
+        return out
+    if length == 0 and fusion != "append":
+        raise ValueError(f"encoder: x: expected at least one event, got {_shape(x)}")
+    if lengths is not None and choice.backend.name == "reference":
+        check_lengths(lengths, length)
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    if candidate is not None and candidate.stride(1) != 1:
+        candidate = candidate.contiguous()
+    call = EncoderCall(
+        x,
+        candidate,
+        weights,
+        weight_set,
+        mask,
+        lengths,
+        options,
+        fusion,
+        padding,
+        order,
+        latest_k,
+        pool,
+        out,
+    )
+    result = choice.backend.encoder(call, choice.variant)
+    backends.calls[label] += 1
+    return result
+
+
+def _fake(
+    x: Tensor,
+    candidate: Tensor | None,
+    weights: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    nhead: int,
+    activation: str,
+    negative_slope: float,
+    norm_first: bool,
+    layer_norm_eps: float,
+    final_norm_eps: float,
+    fusion: str,
+    padding: str,
+    order: str,
+    latest_k: int | None,
+    pool: str,
+    backend: str,
+) -> Tensor:
+    """The checks of `_run` that need no values, and an empty output like its."""
+    shape = read_shape(weights)
+    _checked_options(
+        shape.d_model,
+        nhead,
+        activation,
+        negative_slope,
+        norm_first,
+        layer_norm_eps,
+        final_norm_eps,
+        fusion,
+        padding,
+        order,
+        latest_k,
+        pool,
+    )
+    check_inputs(x, candidate, key_padding_mask, lengths, fusion, shape.d_model, shape.device)
+    backends.check_name(backend, "encoder: backend")
+    return _new_output(x, shape.d_model, fusion, latest_k, pool)
+
+
+def _autograd(
+    x: Tensor,
+    candidate: Tensor | None,
+    weights: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (candidate is not None and candidate.requires_grad)
+        or any(w is not None and w.requires_grad for w in weights)
+    ):
+        return _differentiable(x, candidate, weights, key_padding_mask, lengths, *options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return encoder(x, candidate, weights, key_padding_mask, lengths, *options)
+
+
+def _differentiable(
+    x: Tensor,
+    candidate: Tensor | None,
+    weights: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    nhead: int,
+    activation: str,
+    negative_slope: float,
+    norm_first: bool,
+    layer_norm_eps: float,
+    final_norm_eps: float,
+    fusion: str,
+    padding: str,
+    order: str,
+    latest_k: int | None,
+    pool: str,
+    backend: str,
+) -> Tensor:
+    """The reference definition, checked like `_run` and laid out in memory like its output."""
+    out = _fake(
+        x.detach(),
+        None if candidate is None else candidate.detach(),
+        weights,
+        key_padding_mask,
+        lengths,
+        nhead,
+        activation,
+        negative_slope,
+        norm_first,
+        layer_norm_eps,
+        final_norm_eps,
+        fusion,
+        padding,
+        order,
+        latest_k,
+        pool,
+        backend,
+    )
+    backends.report_fallback("encoder", backend, [_NEEDS_GRADIENT])
+    result = reference_backend.encoder(
+        x,
+        candidate,
+        weights,
+        # Always a bool mask: a traced graph cannot look at the values of the others.
+        ignored_positions(x, key_padding_mask, lengths),
+        None,
+        EncoderOptions(
+            nhead, activation, negative_slope, norm_first, layer_norm_eps, final_norm_eps
+        ),
+        fusion,
+        padding,
+        order,
+        latest_k,
+        pool,
+    )
+    if _is_plain(x):
+        backends.calls["reference"] += 1
+    if latest_k is None and out.stride(0) < out.stride(1):
+        return result.transpose(0, 1).contiguous().transpose(0, 1)
+    return result.contiguous()
+
+
+LIBRARY.impl("encoder", _run, "CompositeExplicitAutograd")
+LIBRARY.impl("encoder", _autograd, "Autograd")
+torch.library.register_fake(f"{NAMESPACE}::encoder", _fake, lib=LIBRARY)
+
+#: The op itself, with its arguments in the order of its schema.
+encoder: Callable[..., Tensor] = torch.ops.seqkernels.encoder.default
