@@ -290,12 +290,18 @@ class CpuEncoder final : public Encoder {
 };
 
 }  // namespace
+
+std::unique_ptr<Encoder> make_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
+                                      const EncoderParameters& parameters) {
+  check_shape(shape, parameters);
+  return std::make_unique<CpuEncoder>(shape, parameters, kernel);
+}
+
 }  // namespace cpu
 
 std::unique_ptr<Encoder> make_encoder(const std::string& isa, const EncoderShape& shape,
                                       const EncoderParameters& parameters) {
-  cpu::check_shape(shape, parameters);
-  return std::make_unique<cpu::CpuEncoder>(shape, parameters, cpu::encoder_kernel(isa));
+  return cpu::make_encoder(cpu::encoder_kernel(isa), shape, parameters);
 }
 
 }  // namespace seqkernels

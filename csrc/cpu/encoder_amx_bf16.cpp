@@ -29,6 +29,8 @@ struct AmxTiles {
       config.bytes_per_row[i] = 64;
       config.rows[i] = 16;
     }
+    // The intrinsic declares that it reads 8 of the 64 bytes: without this the other stores may go.
+    __asm__ volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   static void release() { _tile_release(); }

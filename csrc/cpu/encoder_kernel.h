@@ -15,6 +15,9 @@
 // that leaves that range takes a second pass with its maximum. The residual rests in fp32 within a
 // layer and in the operand format between layers.
 
+// Each stage is a function of its own, so that a profile shows where the time goes.
+#define SEQKERNELS_STAGE __attribute__((noinline))
+
 // A left operand: row r starts at word at(r), the next step `width` words further (tiles: 16 rows
 // by 16 steps a KB).
 struct LeftOperand {
@@ -158,7 +161,7 @@ struct EncoderKernel {
     for (int64_t i = d_model; i < static_cast<int64_t>(c.m.model_steps) * kPair; ++i) row[i] = 0;
   }
 
-  static void load_strips(const Context& c, int strip_begin, int strip_end) {
+  static SEQKERNELS_STAGE void load_strips(const Context& c, int strip_begin, int strip_end) {
     const int steps = c.m.model_steps;
     for (int strip = strip_begin; strip < strip_end; ++strip) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -186,7 +189,7 @@ struct EncoderKernel {
 
   // Writes the residual of a finished group to the output and to the pool's running maximum.
   template <int kStrips>
-  static void store_group(const Context& c, int strip_begin) {
+  static SEQKERNELS_STAGE void store_group(const Context& c, int strip_begin) {
     const EncoderCall& call = *c.task.call;
     const int d_model = c.m.shape.d_model;
     float* rows = reinterpret_cast<float*>(c.own.rows);  // [lane][D]
@@ -258,9 +261,10 @@ struct EncoderKernel {
   // Over the features of each token of residual [row][strip][lane]. Writes back to it and / or to
   // operand [strip][step][lane].
   template <int kStrips>
-  static void layer_norm(const PackedModel& m, const float* weight, const float* bias, float eps,
-                         float* residual, bool write_back, uint32_t* operand,
-                         int64_t operand_strip) {
+  static SEQKERNELS_STAGE void layer_norm(const PackedModel& m, const float* weight,
+                                          const float* bias, float eps, float* residual,
+                                          bool write_back, uint32_t* operand,
+                                          int64_t operand_strip) {
     const int d_model = m.shape.d_model;
     const V inverse = Isa::set1(1.0f / static_cast<float>(d_model));
     for (int s = 0; s < kStrips; ++s) {
@@ -345,8 +349,8 @@ struct EncoderKernel {
 
   // ---- keys and values of all tokens ----
 
-  static void project_keys(const Context& c, const PackedLayer& layer, int strip_begin,
-                           int strip_end) {
+  static SEQKERNELS_STAGE void project_keys(const Context& c, const PackedLayer& layer,
+                                            int strip_begin, int strip_end) {
     const PackedModel& m = c.m;
     const LeftOperand a = weights(layer.key, m.model_steps);
     const int rows = m.shape.nhead * m.head_rows;
@@ -380,8 +384,8 @@ struct EncoderKernel {
   }
 
   // Values of padded tokens are set to zero, not multiplied by it: they may hold NaN.
-  static void project_values(const Context& c, const PackedLayer& layer, int strip_begin,
-                             int strip_end) {
+  static SEQKERNELS_STAGE void project_values(const Context& c, const PackedLayer& layer,
+                                              int strip_begin, int strip_end) {
     const PackedModel& m = c.m;
     const int num_keys = c.task.num_keys;
     if constexpr (Product::kTiles) {
@@ -436,7 +440,7 @@ struct EncoderKernel {
   // ---- one group of strips through the rest of a layer ----
 
   template <int kStrips>
-  static void attend(const Context& c, const PackedLayer& layer, int strip_begin) {
+  static SEQKERNELS_STAGE void attend(const Context& c, const PackedLayer& layer, int strip_begin) {
     const PackedModel& m = c.m;
     const int num_keys = c.task.num_keys;
     if (num_keys == 0) {  // no valid key: attention output 0
@@ -532,7 +536,8 @@ struct EncoderKernel {
   }
 
   template <int kStrips>
-  static void finish_attention(const Context& c, const PackedLayer& layer, int strip_begin) {
+  static SEQKERNELS_STAGE void finish_attention(const Context& c, const PackedLayer& layer,
+                                                int strip_begin) {
     const PackedModel& m = c.m;
     float* residual = c.own.residual;
     Product::template run<kStrips>(
@@ -552,7 +557,8 @@ struct EncoderKernel {
   }
 
   template <int kStrips, class Activate>
-  static void feed_forward(const Context& c, const PackedLayer& layer, Activate activate) {
+  static SEQKERNELS_STAGE void feed_forward(const Context& c, const PackedLayer& layer,
+                                            Activate activate) {
     const PackedModel& m = c.m;
     float* residual = c.own.residual;
     Product::template run<kStrips>(

@@ -102,6 +102,10 @@ struct EncoderKernelEntry {
   void (*leave)();
 };
 
+// An encoder on this kernel, which must be able to run here.
+std::unique_ptr<Encoder> make_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
+                                      const EncoderParameters& parameters);
+
 const EncoderKernelEntry& encoder_portable();
 const EncoderKernelEntry& encoder_amx_emulated();
 const EncoderKernelEntry& encoder_avx2();
