@@ -227,10 +227,10 @@ class EncoderProblem:
             tokens = model(tokens, src_key_padding_mask=~valid)
             if o["padding"] != "compute":
                 tokens = tokens.masked_fill(~valid.unsqueeze(-1), 0.0)
-            tokens = norm(tokens).detach()
+            result: Tensor = norm(tokens).detach()
         if o["latest_k"] is None:
-            return tokens
-        return summarize(tokens, valid, o["padding"], o["order"], o["latest_k"], o["pool"])
+            return result
+        return summarize(result, valid, o["padding"], o["order"], o["latest_k"], o["pool"])
 
     def run(self, backend: str = "auto") -> Tensor:
         """The op, ``torch.ops.seqkernels.encoder``."""

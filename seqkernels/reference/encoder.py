@@ -283,7 +283,8 @@ def _attention(qkv: Tensor, valid: Tensor, nhead: int) -> Tensor:
     # cleared below, so that such a query gets 0 and no gradient of it is NaN.
     lowest = torch.where(ignored.all(-1, keepdim=True), 0.0, float("-inf")).to(scores.dtype)
     p = torch.where(ignored, lowest, scores).softmax(-1).masked_fill(ignored, 0.0)
-    return (p @ v).transpose(1, 2).reshape(batch, length, nhead * head_dim)
+    mixed: Tensor = p @ v  # [B, h, L, d]
+    return mixed.transpose(1, 2).reshape(batch, length, nhead * head_dim)
 
 
 def _activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:

@@ -1,0 +1,155 @@
+"""How the tests of the encoder run it: on which instruction sets, on which grid of problems."""
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqkernels import backends, settings
+from seqkernels.backends.cpu import import_error, native
+from seqkernels.testing import Closeness, EncoderCase, EncoderProblem, assert_close_to_oracle
+
+
+def instruction_sets() -> list[Any]:
+    """Every instruction set compiled in as a parameter; those that cannot run here are skipped."""
+    module = native()
+    if module is None:
+        reason = import_error or "the native module is missing"
+        return [pytest.param("none", marks=pytest.mark.skip(reason=reason))]
+    parameters = []
+    for name in module.isa_names():
+        reasons = "; ".join(module.isa_unsupported_reasons(name))
+        marks = [pytest.mark.skip(reason=f"{name}: {reasons}")] if reasons else []
+        parameters.append(pytest.param(name, marks=marks))
+    return parameters
+
+
+on_each_isa = pytest.mark.parametrize("isa", instruction_sets())
+
+
+def run(problem: EncoderProblem, isa: str) -> Tensor:
+    """The op on one instruction set, of which the backend's own count is proof."""
+    label = f"cpu/{isa}"
+    before = backends.calls[label]
+    with settings.override(isa=isa), torch.inference_mode():
+        result = problem.run("cpu")
+    assert backends.calls[label] == before + (len(problem.x) > 0)
+    return result
+
+
+@functools.cache
+def oracle(case: EncoderCase) -> tuple[list[EncoderProblem], list[Tensor], list[Tensor]]:
+    """Problems, golden results and yardsticks of a case, shared by the instruction sets."""
+    problems = [draw.problem() for draw in case.draws()]
+    return (
+        problems,
+        [problem.golden() for problem in problems],
+        [problem.low_precision() for problem in problems],
+    )
+
+
+def check(case: EncoderCase, isa: str) -> Closeness:
+    """Hold one instruction set to the numerics rule on a case."""
+    problems, golden, low_precision = oracle(case)
+    results = [run(problem, isa) for problem in problems]
+    for result, problem in zip(results, problems, strict=True):
+        assert result.dtype == problem.x.dtype
+    return assert_close_to_oracle(results, golden, low_precision, label=f"{isa}: {case}")
+
+
+# Every pair of values of two factors meets in at least one case of the grid.
+_FACTORS: dict[str, list[Any]] = {
+    "shape": [  # d_model, nhead, dim_feedforward
+        (96, 2, 32),  # head_dim 48
+        (64, 1, 32),  # 64
+        (128, 8, 128),  # 16
+        (64, 8, 2048),  # 8
+        (160, 2, 48),  # 80
+        (24, 2, 33),  # 12
+        (20, 2, 7),
+        (24, 3, 10),
+        (130, 1, 16),
+        (7, 7, 5),  # 1
+    ],
+    "length": [1, 7, 16, 17, 99, 100, 101, 128, 200],
+    "num_layers": [1, 2, 3],
+    "activation": ["relu", "gelu", "gelu_tanh", "leaky_relu"],
+    "norm_first": [False, True],
+    "weights": ["all", "no bias", "no affine", "final norm", "final norm, no bias"],
+    "fusion": ["none", "concat", "append"],
+    "padding": ["zero", "compute", "exclude"],
+    "order": ["latest_first", "latest_last"],
+    "summary": [  # latest_k, pool
+        (None, "none"),
+        (8, "max"),
+        (0, "max"),
+        (3, "none"),
+        (203, "max"),
+    ],
+    "mask": ["none", "right", "left", "holes", "empty", "all"],
+    "mask_form": ["bool", "float", "lengths"],
+    "poison": [None, math.nan, math.inf],
+    "scale": [1.0, 1e4, 1e-3],
+    "dtype": [torch.float32, torch.bfloat16],
+    "representable": [True, False],
+    "layout": ["contiguous", "offset", "strided", "transposed", "last_dim"],
+    "batch": [3, 1],
+}
+
+
+def _legal(row: dict[str, Any]) -> bool:
+    if row["padding"] == "exclude" and row["summary"][1] != "max":
+        return False
+    if row["mask_form"] == "lengths" and row["mask"] in ("left", "holes"):
+        return False
+    if row["poison"] is not None and row["mask"] == "none":
+        return False
+    if row["shape"][2] > 1000 and row["length"] > 17:
+        return False  # takes long, and shows nothing that shorter ones do not
+    return row["shape"][0] > 7 or row["length"] > 1  # needs too many draws
+
+
+def pairwise_cases() -> list[EncoderCase]:
+    """Cases in which all pairs of legal values meet, chosen greedily and reproducibly."""
+    chooser = random.Random(0)
+
+    def rows() -> Iterator[tuple[tuple[str, int], ...]]:
+        while True:
+            row = tuple((name, chooser.randrange(len(v))) for name, v in _FACTORS.items())
+            if _legal({name: _FACTORS[name][i] for name, i in row}):
+                yield row
+
+    def pairs(row: tuple[tuple[str, int], ...]) -> set[tuple[tuple[str, int], ...]]:
+        return set(itertools.combinations(row, 2))
+
+    missing = set().union(*map(pairs, itertools.islice(rows(), 4000)))
+    chosen = []
+    while missing:
+        best = max(itertools.islice(rows(), 40), key=lambda row: len(pairs(row) & missing))
+        if pairs(best) & missing:
+            missing -= pairs(best)
+            chosen.append({name: _FACTORS[name][i] for name, i in best})
+    return [_case(row, i) for i, row in enumerate(chosen)]
+
+
+def _case(row: dict[str, Any], seed: int) -> EncoderCase:
+    row = dict(row)
+    row["d_model"], row["nhead"], row["dim_feedforward"] = row.pop("shape")
+    row["latest_k"], row["pool"] = row.pop("summary")
+    weights = row.pop("weights")
+    return EncoderCase(
+        **row,
+        bias="no bias" not in weights,
+        affine=weights != "no affine",
+        final_norm="final norm" in weights,
+        negative_slope=0.2,
+        layer_norm_eps=1e-5 if seed % 2 else 1e-2,
+        final_norm_eps=1e-3,
+        seed=seed,
+    )
