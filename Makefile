@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv; a stamp file there keeps it from doing so twice.
-PYTHON ?= python3
+PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 import tarfile
 import zipfile
 from pathlib import Path
 
+from tests.packaging.building import Environment
 from tests.static.project import ROOT
 
 
@@ -17,12 +17,6 @@ def tracked(folder: str, *suffixes: str) -> set[str]:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in suffixes and "__pycache__" not in path.parts
     }
-
-
-def run_python(site: Path, code: str) -> str:
-    """Run code with the package from `site` (and nothing of this checkout) in front."""
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=site).stdout
 
 
 def test_sdist_holds_all_sources_and_no_build_results(sdist: Path) -> None:
@@ -49,13 +43,13 @@ def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
 
 
 def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
+    environment = Environment(tmp_path, wheel, other_packages=True)
     code = (
         "from seqkernels import _native; print(_native.__file__); "
         "print(_native.isa_unsupported_reasons('portable'), _native.build_info()['version'])"
     )
-    location, facts = run_python(tmp_path, code).splitlines()
-    assert Path(location).is_relative_to(tmp_path)
+    location, facts = environment.output("-c", code).splitlines()
+    assert Path(location).parent == environment.site / "seqkernels"
     assert facts == f"[] {wheel.name.split('-')[1]}"
 
 
@@ -67,15 +61,13 @@ def test_pure_wheel_holds_python_alone(pure_wheel: Path) -> None:
 
 
 def test_pure_wheel_runs_on_the_reference(pure_wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    environment = Environment(tmp_path, pure_wheel, other_packages=True)
     code = (
-        "import torch, seqkernels; "
-        "stock = torch.nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval(); "
-        "x = torch.randn(2, 3, 16); want = stock(x); "
-        "model = torch.nn.Sequential(stock); seqkernels.swap(model); "
-        "torch.set_grad_enabled(False); torch.testing.assert_close(model(x), want); "
-        "print(seqkernels.__file__)"
+        "import torch, seqkernels; print(seqkernels.__file__); "
+        "model = torch.nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval(); "
+        "x = torch.randn(2, 3, 16); want = model(x); seqkernels.swap(model); "
+        "torch.set_grad_enabled(False); torch.testing.assert_close(model(x), want)"
     )
-    assert Path(run_python(tmp_path, code).strip()).is_relative_to(tmp_path)
-    info = "sys.argv[1:] = ['info']; import runpy; runpy.run_module('seqkernels', alter_sys=True)"
-    assert "native" in run_python(tmp_path, info)
+    assert Path(environment.output("-c", code).strip()).parent == environment.site / "seqkernels"
+    info = environment.output("-m", "seqkernels", "info")
+    assert re.search(r"^ *built +no\b", info, re.MULTILINE), info

@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
-import venv
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from setuptools.errors import CompileError
 
-from tests.packaging.building import run_build
+from tests.packaging.building import Environment, run_build
 from tests.static.project import ROOT
 
 
@@ -91,17 +88,9 @@ def test_environment_without_torch(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """One message that says what to do, from an environment that holds this package alone."""
-    venv.create(tmp_path, symlinks=True, with_pip=False)
-    (site,) = tmp_path.glob("lib/python*/site-packages")
-    zipfile.ZipFile(request.getfixturevalue(kind)).extractall(site)
+    environment = Environment(tmp_path, request.getfixturevalue(kind), other_packages=False)
     for command in (["-c", "import seqkernels"], ["-m", "seqkernels", "info"]):
-        result = subprocess.run(
-            [tmp_path / "bin" / "python", "-I", *command],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
+        result = environment.run(*command)
         assert result.returncode != 0
         last = result.stderr.splitlines()[-1]
         assert re.search(r"seqkernels needs PyTorch\b.*\bpip install torch\b", last), result.stderr
