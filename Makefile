@@ -32,6 +32,7 @@ test: $(VENV)/.dev $(VENV)/.native  ## all tests, the native core's under saniti
 
 bench: $(VENV)/.bench $(VENV)/.native  ## measure every workload beside its peers, write a report
 	@echo "==> benchmarks"
+	@mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-json=build/bench.json
 	$(BIN)/python -m bench.report
 
