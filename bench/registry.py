@@ -1,0 +1,170 @@
+"""What `make bench` measures, and the bars it has to clear; these numbers stand nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from seqkernels.benchmark import Workload, uniform_lengths
+from seqkernels.benchmark.workloads import PEERS
+from seqkernels.testing import EncoderCase
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit for one quantity of a comparison.
+
+    `speedup` (at least; over the fastest peer, or over the one named), `workspace_bytes` and
+    `outside_kernel` (at most; bytes a thread, seconds a call). `amx` holds where seqkernels ran on
+    AMX, `otherwise` on any other processor.
+    """
+
+    quantity: str
+    amx: float
+    otherwise: float
+    over: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A workload and its bars."""
+
+    workload: Workload
+    bars: tuple[Bar, ...]
+
+
+#: Time a sequence at the largest of these batches over that at the smallest, at most: linear in B.
+LINEAR_BATCHES = (32, 1024)
+LINEAR_LIMIT = 1.25
+#: On AMX, the error against fp64 over that of torch's own bf16 run, at most.
+AMX_ERROR_LIMIT = 1.0
+
+NEVER_SLOWER = Bar("speedup", amx=1.0, otherwise=1.0)
+WORKSPACE = Bar("workspace_bytes", amx=2 * 2**20, otherwise=2 * 2**20)
+OUTSIDE_KERNEL = Bar("outside_kernel", amx=30e-6, otherwise=30e-6)
+FP32_PATH = Bar("speedup", amx=1.5, otherwise=1.5, over="eager_fp32")
+
+BOTH_DTYPES = ("seqkernels", "seqkernels_bf16", *PEERS)
+
+
+def case(
+    d_model: int,
+    nhead: int,
+    dim_feedforward: int,
+    length: int,
+    batch: int,
+    lengths: tuple[int, ...] | None = None,
+) -> EncoderCase:
+    """Two post-norm ReLU layers; padded positions as torch's module returns them."""
+    return EncoderCase(
+        batch=batch,
+        length=length,
+        d_model=d_model,
+        nhead=nhead,
+        dim_feedforward=dim_feedforward,
+        num_layers=2,
+        mask="none" if lengths is None else "right",
+        valid=lengths,
+        # torch's nested-tensor path wants an even number of heads; without it, it computes them
+        padding="compute" if nhead % 2 else "zero",
+    )
+
+
+def transact(batch: int, *, masked: bool = False, length: int = 100) -> EncoderCase:
+    """The encoder of TransAct; with a mask, lengths are uniform in a fifth of `length` .. all."""
+    lengths = uniform_lengths(batch, length // 5, length) if masked else None
+    return case(96, 2, 32, length, batch, lengths)
+
+
+def _transact() -> list[Entry]:
+    def entry(name: str, case: EncoderCase, *bars: Bar, threads: int = 0, **more: str) -> Entry:
+        contestants = (*BOTH_DTYPES, *more.values())
+        workload = Workload(name, "transact", case, contestants, threads, seconds=20.0)
+        return Entry(workload, bars)
+
+    return [
+        entry("transact/dense", transact(256), Bar("speedup", 4.0, 1.0), WORKSPACE),
+        entry("transact/masked", transact(256, masked=True), Bar("speedup", 12.0, 1.5), WORKSPACE),
+        entry(
+            "transact/one",
+            transact(1),
+            Bar("speedup", 4.0, 1.0),
+            OUTSIDE_KERNEL,
+            threads=1,
+            kernel="seqkernels_kernel",
+        ),
+    ]
+
+
+def _sweeps() -> list[Entry]:
+    by_batch = {f"batch/{b}": transact(b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)}
+    by_length = {
+        f"length/{n}": transact(64, length=n) for n in (16, 32, 64, 100, 128, 192, 256, 384, 512)
+    }
+    return [
+        Entry(
+            Workload(name, name.partition("/")[0], case, seconds=4.0, dynamic=True),
+            (NEVER_SLOWER,),
+        )
+        for name, case in {**by_batch, **by_length}.items()
+    ]
+
+
+#: d_model, nhead, dim_feedforward, length, and a batch that keeps a call within a second.
+SHAPES = (
+    (64, 1, 32, 256, 64),
+    (128, 8, 512, 100, 64),
+    (256, 4, 1024, 200, 16),
+    (64, 8, 2048, 50, 64),
+    (512, 8, 2048, 128, 16),
+)
+
+
+def _shapes() -> list[Entry]:
+    entries = []
+    for d, heads, f, length, batch in SHAPES:
+        name = f"shapes/d{d}-h{heads}-f{f}-l{length}"
+        lengths = uniform_lengths(batch, length // 5, length)
+        for kind, valid in (("dense", None), ("masked", lengths)):
+            problem = case(d, heads, f, length, batch, valid)
+            entries.append(
+                Entry(Workload(f"{name}/{kind}", "shapes", problem, seconds=6.0), (NEVER_SLOWER,))
+            )
+    return entries
+
+
+def _instruction_sets() -> list[Entry]:
+    return [
+        Entry(
+            Workload(
+                f"isa/{isa}",
+                "isa",
+                transact(256, masked=True),
+                ("seqkernels", "eager_fp32"),
+                isa=isa,
+                seconds=6.0,
+            ),
+            (FP32_PATH,),
+        )
+        for isa in ("avx512", "avx2")
+    ]
+
+
+REGISTRY: tuple[Entry, ...] = (*_transact(), *_sweeps(), *_shapes(), *_instruction_sets())
+
+
+def shrunk(entry: Entry) -> Entry:
+    """The entry in a size that takes a moment: it shows that everything works, and no speed."""
+    w = entry.workload
+    batch, length = min(w.case.batch, 3), min(w.case.length, 24)
+    small = dataclasses.replace(
+        w.case,
+        batch=batch,
+        length=length,
+        d_model=min(w.case.d_model, 128),
+        dim_feedforward=min(w.case.dim_feedforward, 64),
+        valid=(length, length - 4, length - 8)[:batch] if w.masked else None,
+    )
+    names = tuple(n for n in w.contestants if n.startswith(("seqkernels", "eager_fp32")))
+    workload = dataclasses.replace(w, case=small, contestants=names, threads=1, seconds=0.0)
+    return Entry(workload, entry.bars)
