@@ -1,0 +1,113 @@
+"""The results as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from rich import box
+from rich.table import Table
+
+from seqkernels.demo.measure import CANDIDATES, Variant
+
+_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("encoder runs on", lambda r: ", ".join(r["encoder"])),
+    ("AUC", lambda r: f"{r['auc']:.5f}"),
+    ("change of AUC", lambda r: f"{r['auc_change']:+.5f}"),
+    ("log loss", lambda r: f"{r['log_loss']:.5f}"),
+    ("largest score change", lambda r: f"{r['score_change_max']:.5f}"),
+    ("mean score change", lambda r: f"{r['score_change_mean']:.6f}"),
+    ("stock's 10 best kept", lambda r: f"{r['top10_kept']:.1%}"),
+    ("test set, s (median)", lambda r: f"{r['test_set_seconds']:.3f}"),
+    ("request p50, ms", lambda r: f"{r['request_ms_p50']:.2f}"),
+    ("request p99, ms", lambda r: f"{r['request_ms_p99']:.2f}"),
+)
+_COLOURS = ("#8d99ae", "#3a5a80", "#c1121f")
+
+
+def table(results: dict[str, dict[str, Any]], title: str) -> Table:
+    """One column for each variant."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    made.add_column("")
+    for result in results.values():
+        made.add_column(result["label"], justify="right")
+    for name, shown in _ROWS:
+        made.add_row(name, *(shown(result) for result in results.values()))
+    return made
+
+
+def plot(
+    variants: Sequence[Variant], results: dict[str, dict[str, Any]], title: str, path: Path
+) -> None:
+    """Write a PNG: time for the test set, latency of requests, scores before and after."""
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    times, latency, scores = figure.subplots(1, 3)
+    _times(times, results)
+    _latency(latency, results)
+    _scores(scores, variants, results)
+    for axes in (times, latency, scores):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _times(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
+    axes.set_title("Time for the test set (dots: each pass)", loc="left", fontsize=10)
+    for row, (result, colour) in enumerate(zip(results.values(), _COLOURS, strict=False)):
+        seconds = result["test_set_seconds"]
+        passes = result["test_set_seconds_all"]
+        axes.barh(row, seconds, 0.6, color=colour)
+        axes.plot(passes, [row] * len(passes), "o", ms=3, color="black", alpha=0.5)
+        axes.annotate(f"  {seconds:.2f} s", (max(passes), row), va="center", fontsize=9)
+    axes.set_yticks(range(len(results)), [r["label"] for r in results.values()], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    longest = max(max(r["test_set_seconds_all"]) for r in results.values())
+    axes.set_xlim(0, 1.2 * longest)
+
+
+def _latency(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
+    axes.set_title("Requests answered within a time", loc="left", fontsize=10)
+    for result, colour in zip(results.values(), _COLOURS, strict=False):
+        ms = np.sort(result["request_ms_all"])
+        share = np.arange(1, len(ms) + 1) / len(ms)
+        label = f"{result['label']}: p50 {result['request_ms_p50']:.3g} ms"
+        axes.step(ms, 100 * share, where="post", color=colour, lw=1.8, label=label)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"ms for one user with {CANDIDATES} candidates (log scale)")
+    axes.set_ylabel("% of the requests")
+    axes.set_ylim(0, 102)
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _scores(axes: Axes, variants: Sequence[Variant], results: dict[str, dict[str, Any]]) -> None:
+    stock = variants[0]
+    axes.set_title(f"Scores of the test set against {stock.label}", loc="left", fontsize=10)
+    axes.axhline(0, color="black", lw=0.8)
+    for variant, colour in zip(variants[1:], _COLOURS[1:], strict=False):
+        axes.plot(
+            stock.scores,
+            variant.scores - stock.scores,
+            ".",
+            ms=3,
+            mew=0,
+            alpha=0.35,
+            color=colour,
+            label=f"{variant.label}: AUC {results[variant.key]['auc_change']:+.5f}",
+        )
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"score of {stock.label}, AUC {results[stock.key]['auc']:.5f}")
+    axes.set_ylabel("change of the score")
+    legend = axes.legend(frameon=False, fontsize=8, loc="upper left", markerscale=3)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
