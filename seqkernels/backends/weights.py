@@ -6,10 +6,11 @@ rests here, found by the identity of the weight tensors and trusted while each o
 version counter are what they were. That follows ``load_state_dict``, ``.to()``, optimizer steps,
 ``p.data = ...`` and in-place edits of a parameter.
 
-What escapes a version counter escapes this: in-place edits through ``p.data`` or a NumPy view, of
-which torch keeps no count. `forget` drops everything for such cases; the modules call it when they
-go from evaluation to training. Tensors made under ``torch.inference_mode`` have no
-counter at all: what is derived from them is not kept.
+What escapes a version counter escapes this: in-place edits through ``p.data`` or a NumPy view, and
+steps of torch's optimizers with ``fused=True``. For those there is `forget`; it is called where
+weights are about to change, when a module goes from evaluation to training and when the op records
+gradients. Tensors made under ``torch.inference_mode`` have no counter at all: what is derived from
+them is not kept.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def lookup(weights: Sequence[Tensor | None]) -> WeightSet:
 def forget(weights: Sequence[Tensor | None] | None = None) -> None:
     """Drop what is kept for these weights, or for all.
 
-    Needed only after an edit that torch does not count, such as ``p.data.mul_(2)``.
+    Needed only after an edit that torch does not count, such as ``p.data.mul_(2)``, in a module
+    that stays in eval mode.
 
     Examples
     --------

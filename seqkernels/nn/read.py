@@ -274,10 +274,16 @@ def layer_reasons(layer: nn.Module, *, path: str = "layer") -> list[str]:
     return reasons
 
 
-def training_reasons(module: nn.Module) -> list[str]:
-    """Why evaluation is not what this module is set for."""
+#: Whether torch.jit.trace is recording.
+is_tracing: Callable[[], Any] = torch._C._get_tracing_state
+
+
+def mode_reasons(module: nn.Module) -> list[str]:
+    """Why evaluation is not what this module is set for, or why plain operations are wanted."""
     if module.training:
         return ["the module is in training mode; call .eval()"]
+    if is_tracing():
+        return ["torch.jit.trace is recording, which cannot record the op"]
     # MultiheadAttention reads its own flag; the others' does not change what they compute.
     inner = sorted(
         name

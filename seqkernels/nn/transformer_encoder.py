@@ -322,9 +322,9 @@ device, dtype
         is_causal: bool = False,
     ) -> Tensor:
         """Run the layer; arguments and result as in ``torch.nn.TransformerEncoderLayer``."""
-        if not self.training and src_mask is None and not is_causal and not src.is_nested:
+        if not (self.training or src_mask is not None or is_causal or src.is_nested):
             now = self._read()
-            if now is not None:
+            if now is not None and not read.is_tracing():
                 return _run_op(self, src, src_key_padding_mask, now, self.padded_output)
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -336,7 +336,7 @@ device, dtype
         self, src: Tensor | None = None, src_mask: Tensor | None = None
     ) -> list[str]:
         """Every reason why a call with these arguments runs the definition; empty if none."""
-        reasons = read.training_reasons(self)
+        reasons = read.mode_reasons(self)
         if src_mask is not None:
             reasons.append("an attention mask was given")
         if src is not None and src.is_nested:
@@ -362,9 +362,9 @@ device, dtype
 
     def _attend(self, x: Tensor, src_mask: Tensor | None, ignored: Tensor | None) -> Tensor:
         keys = x
-        if ignored is not None or src_mask is not None:
+        if ignored is not None or src_mask is not None or read.is_tracing():
             # A tensor of its own keeps torch off its fast path, which gives NaN where every key
-            # is ignored; zeros keep NaN of padded slots from the sums.
+            # is ignored and cannot be traced; zeros keep NaN of padded slots from the sums.
             keys = _fill_padding(x, ignored, self.self_attn.batch_first)
             keys = keys.view_as(keys) if keys is x else keys
         key_padding_mask = ignored
@@ -500,9 +500,9 @@ class TransformerEncoder(_Fused, nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """Run the encoder; arguments and result as in ``torch.nn.TransformerEncoder``."""
-        if not self.training and mask is None and not is_causal and not src.is_nested:
+        if not (self.training or mask is not None or is_causal or src.is_nested):
             now = self._read()
-            if now is not None:
+            if now is not None and not read.is_tracing():
                 if src_key_padding_mask is not None and self._alignment_checks:
                     self._compare_alignment(src_key_padding_mask)
                 out = _run_op(self, src, src_key_padding_mask, now, self.padded_output)
@@ -515,7 +515,7 @@ class TransformerEncoder(_Fused, nn.TransformerEncoder):
 
     def fallback_reasons(self, src: Tensor | None = None, mask: Tensor | None = None) -> list[str]:
         """Every reason why a call with these arguments runs the definition; empty if none."""
-        reasons = read.training_reasons(self)
+        reasons = read.mode_reasons(self)
         if mask is not None:
             reasons.append("an attention mask was given")
         if src is not None and src.is_nested:
@@ -539,7 +539,7 @@ class TransformerEncoder(_Fused, nn.TransformerEncoder):
 
     def _compare_alignment(self, mask: Tensor) -> None:
         """Tell once when torch would have computed the padded positions of such a batch."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or mask.dim() != 2:
+        if torch.compiler.is_compiling() or mask.dim() != 2:
             return
         ignored = mask if mask.dtype is torch.bool else mask != 0
         if not ignored.any():

@@ -198,6 +198,7 @@ class UserSequenceEncoder(nn.Module):
             now = read.read_encoder(encoder, LAYER_TYPES)
             if (
                 now is not None
+                and not read.is_tracing()
                 and not now.norm_outside
                 and not (encoder._forward_hooks or encoder._forward_pre_hooks)
             ):
@@ -227,7 +228,7 @@ class UserSequenceEncoder(nn.Module):
 
     def fallback_reasons(self) -> list[str]:
         """Every reason why a call runs the definition; empty if none."""
-        reasons = read.training_reasons(self)
+        reasons = read.mode_reasons(self)
         reasons += read.hook_reasons(self.encoder, "encoder")
         reasons += read.encoder_reasons(self.encoder, LAYER_TYPES)
         if type(self.encoder.norm) not in (nn.LayerNorm, type(None)):

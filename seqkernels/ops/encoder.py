@@ -74,8 +74,7 @@ def check_summary(fusion: str, padding: str, order: str, latest_k: int | None, p
         raise ValueError(f"encoder: padding: 'exclude' needs pool='max', got pool={pool!r}")
 
 
-@lru_cache(maxsize=256)
-def _checked_options(
+def _check_options(
     d_model: int,
     nhead: int,
     activation: str,
@@ -89,13 +88,17 @@ def _checked_options(
     latest_k: int | None,
     pool: str,
 ) -> EncoderOptions:
-    """Everything that is no tensor, checked; a model brings the same on every call."""
+    """Check everything that is no tensor."""
     check_heads(d_model, nhead)
     check_choice("activation", activation)
     check_summary(fusion, padding, order, latest_k, pool)
     return EncoderOptions(
         nhead, activation, negative_slope, norm_first, layer_norm_eps, final_norm_eps
     )
+
+
+# A model brings the same ones on every call.
+_checked_options = lru_cache(maxsize=256)(_check_options)
 
 
 def check_inputs(
@@ -199,6 +202,11 @@ def _check_validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> N
             )
 
 
+def _check_length(x: Tensor, fusion: str) -> None:
+    if x.shape[1] == 0 and x.shape[0] and fusion != "append":
+        raise ValueError(f"encoder: x: expected at least one event, got {_shape(x)}")
+
+
 def _shape(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
 
@@ -299,8 +307,7 @@ def _run(
         mask = bool_mask(mask)
     if batch == 0:
         return out
-    if length == 0 and fusion != "append":
-        raise ValueError(f"encoder: x: expected at least one event, got {_shape(x)}")
+    _check_length(x, fusion)
     if lengths is not None and choice.backend.name == "reference":
         check_lengths(lengths, length)
     if x.stride(2) != 1:
@@ -348,7 +355,7 @@ def _fake(
 ) -> Tensor:
     """The checks of `_run` that need no values, and an empty output like its."""
     shape = read_shape(weights)
-    _checked_options(
+    _check_options(
         shape.d_model,
         nhead,
         activation,
@@ -424,6 +431,8 @@ def _differentiable(
         pool,
         backend,
     )
+    _check_length(x, fusion)
+    backends.forget(weights)  # a step of an optimizer may follow, and fused ones are not counted
     backends.report_fallback("encoder", backend, [_NEEDS_GRADIENT])
     result = reference_backend.encoder(
         x,
