@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 
 from seqkernels import backends, nn, ops, reference, settings
 from seqkernels.errors import BackendUnavailableError
-from seqkernels.explain import explain, warmup
+from seqkernels.explain import Explained, Explanation, explain, warmup
 from seqkernels.swap import SwapReport, swap
 
 try:
@@ -26,6 +26,8 @@ except metadata.PackageNotFoundError:  # run from a source tree
 
 __all__ = [
     "BackendUnavailableError",
+    "Explained",
+    "Explanation",
     "SwapReport",
     "__version__",
     "backends",

@@ -103,7 +103,11 @@ def _backends() -> list[tuple[str, ...]]:
 
 def _settings() -> list[tuple[str, ...]]:
     now = settings.current
-    effect = (now.backend, now.isa or "(no limit)", now.strict)
+    try:
+        strict = "yes" if now.is_strict else "no"
+    except ValueError as error:
+        strict = str(error)
+    effect = (now.backend, now.isa or "(no limit)", strict)
     variables = settings.environment().items()
     return [
         (name, "(unset)" if value is None else value, effective)

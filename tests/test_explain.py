@@ -1,0 +1,164 @@
+"""explain says what a call then does; warmup leaves nothing for the first request to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqkernels
+from seqkernels import backends, settings
+from seqkernels.backends import cpu
+
+D, HEADS, FF = 16, 2, 8
+native = pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+X = torch.randn(2, 5, D)
+
+
+@pytest.fixture(autouse=True)
+def _count_from_zero() -> None:
+    backends.calls.clear()
+
+
+def layer(**options: Any) -> seqkernels.nn.TransformerEncoderLayer:
+    return seqkernels.nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True, **options).eval()
+
+
+def only(explanation: seqkernels.Explanation) -> seqkernels.Explained:
+    (entry,) = explanation.entries
+    return entry
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cap", [None, *(s.name for s in cpu.isa_table())])
+def test_it_says_what_runs(cap: str | None, dtype: torch.dtype) -> None:
+    module, x = layer().to(dtype), X.to(dtype)
+    with settings.override(isa=cap):
+        entry = only(seqkernels.explain(module, x))
+        assert entry == only(seqkernels.explain(module))  # the dtype of the parameters
+        backends.calls.clear()
+        with torch.inference_mode():
+            module(x)
+    assert dict(backends.calls) == {entry.runs: 1}
+    others = dict(entry.why_not)
+    if dtype == torch.float64:
+        assert entry.runs == "reference"
+        assert others == {"cpu": ("dtype torch.float64, it takes float32 and bfloat16",)}
+    else:
+        with settings.override(isa=cap):
+            table = {f"cpu/{s.name}": s.reasons for s in cpu.isa_table()}
+        assert {*table, "reference"} == {entry.runs, *others}
+        assert all(others[name] == reasons for name, reasons in table.items() if reasons)
+        assert others["reference"] == ("a faster backend runs",)
+
+
+def test_what_keeps_the_kernel_from_running() -> None:
+    module = layer()
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    masked = only(seqkernels.explain(module, X, causal))
+    assert masked.runs == "plain PyTorch"
+    assert ("fused kernel", ("an attention mask was given",)) in masked.why_not
+    assert only(seqkernels.explain(module, X, src_mask=causal)) == masked
+
+    module.train()
+    training = only(seqkernels.explain(module, X))
+    assert training.runs == "plain PyTorch"
+    assert "the module is in training mode; call .eval()" in dict(training.why_not)["fused kernel"]
+    assert module.training
+    assert module.linear1.training
+
+    odd = only(seqkernels.explain(layer(activation=torch.tanh), X))
+    assert "'tanh' is none the kernel knows" in dict(odd.why_not)["fused kernel"][0]
+
+
+def test_a_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = only(seqkernels.explain(layer(backend="reference"), X))
+    assert asked.runs == "reference"
+    assert asked.why_not == (("cpu", ("backend 'reference' was asked for",)),)
+    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu, "import_error", "it was not built")
+    failing = only(seqkernels.explain(layer(backend="cpu")))
+    assert failing.runs == "an error: backend 'cpu' cannot run"
+    assert failing.why_not == (("cpu", ("it was not built",)),)
+    fallback = only(seqkernels.explain(layer()))
+    assert fallback.runs == "reference"
+    assert fallback.why_not == (("cpu", ("it was not built",)),)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = seqkernels.nn.UserSequenceEncoder(D, 0, HEADS, FF, 1, fusion="none")
+        self.stock = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, HEADS, FF), 1, None, False)
+        self.odd = nn.TransformerEncoderLayer(D, HEADS, FF, activation=torch.tanh)
+        self.unused = layer()
+        self.norm = nn.BatchNorm1d(D)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        x = self.norm(self.odd(self.stock(scale * x))[:, 0])
+        return self.user(x.unsqueeze(1))  # type: ignore[no-any-return]
+
+
+def test_a_whole_model() -> None:
+    model = Model().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    explanation = seqkernels.explain(model, torch.randn(4, D, D).transpose(1, 2), scale=2.0)
+    entries = {entry.name: entry for entry in explanation.entries}
+    assert list(entries) == ["user", "stock", "odd", "unused"]
+    assert entries["user"].runs == "plain PyTorch"  # it is in training mode
+    assert entries["stock"].runs == entries["odd"].runs == "torch.nn"
+    if cpu.native() is not None:
+        assert entries["stock"].why_not == (
+            ("seqkernels", ("not swapped: seqkernels.swap(model)",)),
+        )
+    assert "swap leaves it alone: layer.activation 'tanh'" in entries["odd"].why_not[0][1][0]
+    assert entries["unused"].runs == "nothing"
+    told = str(explanation)
+    assert all(name in told for name in entries)
+    assert "these inputs do not reach it" in told
+    # Looking changes nothing: no statistics, no flags, no hooks.
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(
+        module.training for module in model.modules() if module not in {*model.unused.modules()}
+    )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_without_encoders() -> None:
+    explanation = seqkernels.explain(nn.Linear(2, 2))
+    assert explanation.entries == ()
+    assert str(explanation) == "seqkernels.explain: the module has no Transformer encoder"
+
+
+@native
+def test_weights_that_cannot_be_kept_packed_are_told() -> None:
+    with torch.inference_mode():
+        module = layer()
+    entry = only(seqkernels.explain(module, X))
+    assert "packed on every call" in dict(entry.why_not)["packed weights kept"][0]
+
+
+def test_the_module_s_errors_come_through() -> None:
+    module = layer()
+    with pytest.raises(ValueError, match="last dimension 16"):
+        seqkernels.explain(module, torch.randn(2, 5, D + 1))
+    assert not module._forward_pre_hooks
+
+
+@native
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
+def test_warmup(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer().train()
+    module.dropout1.eval()
+    flags = [m.training for m in module.modules()]
+    inputs: Any = {"tensor": X, "tuple": (X, None), "mapping": {"src": X}}[form]
+    seqkernels.warmup(module, inputs)
+    assert [m.training for m in module.modules()] == flags
+    assert sum(backends.calls.values()) == 1
+    monkeypatch.setattr(cpu, "_pack", None)  # nothing is left to pack
+    for m in module.modules():
+        m.training = False
+    with torch.inference_mode():
+        module(X)
+    assert sum(backends.calls.values()) == 2
