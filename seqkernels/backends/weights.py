@@ -84,7 +84,7 @@ def read_shape(weights: Sequence[Tensor | None]) -> EncoderShape:
     for index, weight in enumerate(weights):
         n, i = divmod(index, PER_LAYER)
         in_layer = n < num_layers
-        name = f"layers.{n}.{_LAYER_NAMES[i]}" if in_layer else ("norm.weight", "norm.bias")[i]
+        name = _name(index, len(weights))
         expected = layer[i] if in_layer else (d,)
         if weight is None:
             if in_layer and i in _PROJECTIONS:
@@ -106,6 +106,13 @@ def read_shape(weights: Sequence[Tensor | None]) -> EncoderShape:
     return EncoderShape(d, f, num_layers, extra == 2, device)
 
 
+def _name(index: int, count: int) -> str:
+    n, i = divmod(index, PER_LAYER)
+    if n < count // PER_LAYER:
+        return f"layers.{n}.{_LAYER_NAMES[i]}"
+    return ("norm.weight", "norm.bias")[i]
+
+
 def _describe(weight: Tensor | None) -> str:
     return "None" if weight is None else str(tuple(weight.shape))
 
@@ -117,6 +124,12 @@ class WeightSet:
 
     def __init__(self, weights: Sequence[Tensor | None]) -> None:
         self.shape = read_shape(weights)
+        for index, weight in enumerate(weights):
+            if weight is not None and hasattr(weight, "__tensor_flatten__"):
+                raise TypeError(
+                    f"encoder: weights: expected a plain tensor for {_name(index, len(weights))}, "
+                    f"got a {type(weight).__name__}"
+                )
         self.complete = all(w is not None for w in weights)
         self.fingerprint: list[int] | None = None
         self._references: list[weakref.ref[Tensor]] = []

@@ -87,7 +87,7 @@ def _run_op(
             mask = mask.unsqueeze(0)
     else:
         x = src if r.batch_first or src.dim() != 3 else src.transpose(0, 1)
-    out = ops.encoder(
+    out = ops.apply_encoder(
         x,
         None,
         r.weights,

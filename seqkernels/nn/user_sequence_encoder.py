@@ -202,7 +202,7 @@ class UserSequenceEncoder(nn.Module):
                 and not now.norm_outside
                 and not (encoder._forward_hooks or encoder._forward_pre_hooks)
             ):
-                return ops.encoder(
+                return ops.apply_encoder(
                     events,
                     candidate,
                     now.weights,

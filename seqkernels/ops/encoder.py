@@ -463,3 +463,28 @@ torch.library.register_fake(f"{NAMESPACE}::encoder", _fake, lib=LIBRARY)
 
 #: The op itself, with its arguments in the order of its schema.
 encoder: Callable[..., Tensor] = torch.ops.seqkernels.encoder.default
+
+
+def apply_encoder(x: Tensor, *arguments: Any) -> Tensor:
+    """The op, called without torch's dispatcher where nobody would notice.
+
+    The dispatcher takes about 8 us to pass two layers' weights, half of all that is not the kernel
+    for one short sequence. It is needed to record gradients or a graph, for modes, transforms and
+    the profiler, for tensors that are not plain, and for devices other than the CPU.
+    """
+    if (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and not _C._get_tracing_state()
+        and not _C._functorch.peek_interpreter_stack()
+        and not _C._autograd._profiler_enabled()
+    ):
+        return _run(x, *arguments)
+    return encoder(x, *arguments)
+
+
+_C: Any = torch._C

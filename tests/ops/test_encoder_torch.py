@@ -281,3 +281,49 @@ def test_heads_are_an_option_of_the_call_not_of_the_weights() -> None:
         again = ops.encoder(*made.values())
     assert not torch.equal(two, four)
     assert torch.equal(two, again)
+
+
+class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.append(func)
+        return func(*args, **kwargs or {})
+
+
+def test_the_dispatcher_is_passed_by_only_where_nobody_looks() -> None:
+    made = tuple(arguments().values())
+    with torch.inference_mode():
+        expected = ops.encoder(*made)
+        assert torch.equal(ops.apply_encoder(*made), expected)
+        with Watcher() as watcher:
+            assert torch.equal(ops.apply_encoder(*made), expected)
+        assert ops.encoder in watcher.seen
+        with torch.profiler.profile() as profile:
+            ops.apply_encoder(*made)
+        assert "seqkernels::encoder" in {event.name for event in profile.events()}
+        on_meta = (made[0].to("meta"), None, [w.to("meta") for w in weights() if w is not None])
+        assert ops.apply_encoder(*on_meta, *made[3:]).device.type == "meta"
+    wants = made[0].clone().requires_grad_()
+    assert ops.apply_encoder(wants, *made[1:]).requires_grad
+    with torch.no_grad():
+        assert not ops.apply_encoder(wants, *made[1:]).requires_grad
+
+
+def test_wrapper_subclasses_of_weights_are_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    flat = weights()
+    assert flat[4] is not None
+    flat[4] = TwoTensor(flat[4], flat[4])
+    with (
+        torch.inference_mode(),
+        pytest.raises(
+            TypeError, match=r"expected a plain tensor for layers.0.linear1.weight, got a TwoTensor"
+        ),
+    ):
+        ops.apply_encoder(*arguments(weights=flat).values())
