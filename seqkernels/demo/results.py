@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
-from seqkernels.demo.measure import Variant
+from seqkernels.demo.measure import CANDIDATES, Variant
 
 AUC_BAR = 0.0002  # what a swap may change at most
 _TOP = 10
@@ -102,7 +102,7 @@ def summary(results: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> str:
         )
     same = "the same" if verdict["within_auc_bar"] else "NOT the same"
     sentences.append(
-        f"After the swap the AUC is {same}: it changes by {swapped['auc_change']:+.5f} "
+        f"After the swap the AUC is {same}: it changes by {signed(swapped['auc_change'])} "
         f"({stock['auc']:.5f} to {swapped['auc']:.5f}; within {AUC_BAR}: "
         f"{'yes' if verdict['within_auc_bar'] else 'no'}), and no score by more than "
         f"{swapped['score_change_max']:.4f}."
@@ -111,11 +111,22 @@ def summary(results: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> str:
     sentences.append(
         "It scores the test set "
         + ", and ".join(f"{_faster(times[k])} {results[k]['label']}" for k in keys[:-1])
-        + f"; a request of one user with its candidates takes {swapped['request_ms_p50']:.3g} ms "
-        f"instead of {stock['request_ms_p50']:.3g} (p50), {swapped['request_ms_p99']:.3g} "
-        f"instead of {stock['request_ms_p99']:.3g} (p99)."
+        + f"; a request of 1 user x {CANDIDATES} candidates takes "
+        f"{swapped['request_ms_p50']:.3g} ms instead of {stock['request_ms_p50']:.3g} (p50), "
+        f"{swapped['request_ms_p99']:.3g} instead of {stock['request_ms_p99']:.3g} (p99)."
     )
     return " ".join(sentences)
+
+
+def signed(change: float) -> str:
+    """A change of AUC with its sign, in millionths; no "-0".
+
+    Examples
+    --------
+    >>> signed(2.54e-6), signed(-1e-9)
+    ('+0.000003', '+0.000000')
+    """
+    return f"{round(change, 6) + 0.0:+.6f}"
 
 
 def _faster(times: float) -> str:

@@ -14,16 +14,17 @@ from rich import box
 from rich.table import Table
 
 from seqkernels.demo.measure import CANDIDATES, Variant
+from seqkernels.demo.results import signed
 
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("encoder runs on", lambda r: ", ".join(r["encoder"])),
     ("AUC", lambda r: f"{r['auc']:.5f}"),
-    ("change of AUC", lambda r: f"{r['auc_change']:+.5f}"),
+    ("change of AUC", lambda r: signed(r["auc_change"])),
     ("log loss", lambda r: f"{r['log_loss']:.5f}"),
     ("largest score change", lambda r: f"{r['score_change_max']:.5f}"),
     ("mean score change", lambda r: f"{r['score_change_mean']:.6f}"),
     ("stock's 10 best kept", lambda r: f"{r['top10_kept']:.1%}"),
-    ("test set, s (median)", lambda r: f"{r['test_set_seconds']:.3f}"),
+    ("test set, s", lambda r: f"{r['test_set_seconds']:.3f}"),
     ("request p50, ms", lambda r: f"{r['request_ms_p50']:.2f}"),
     ("request p99, ms", lambda r: f"{r['request_ms_p99']:.2f}"),
 )
@@ -32,7 +33,16 @@ _COLOURS = ("#8d99ae", "#3a5a80", "#c1121f")
 
 def table(results: dict[str, dict[str, Any]], title: str) -> Table:
     """One column for each variant."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    first = next(iter(results.values()))
+    passes, requests = len(first["test_set_seconds_all"]), len(first["request_ms_all"])
+    made = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        caption=f"passes over the test set: {passes} (the median is shown); requests: {requests}",
+        caption_justify="left",
+    )
     made.add_column("")
     for result in results.values():
         made.add_column(result["label"], justify="right")
@@ -86,7 +96,7 @@ def _latency(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     axes.set_ylabel("% of the requests")
     axes.set_ylim(0, 102)
     axes.grid(color="#e5e5e5", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=8, loc="lower right")
 
 
 def _scores(axes: Axes, variants: Sequence[Variant], results: dict[str, dict[str, Any]]) -> None:
@@ -102,7 +112,7 @@ def _scores(axes: Axes, variants: Sequence[Variant], results: dict[str, dict[str
             mew=0,
             alpha=0.35,
             color=colour,
-            label=f"{variant.label}: AUC {results[variant.key]['auc_change']:+.5f}",
+            label=f"{variant.label}: AUC {signed(results[variant.key]['auc_change'])}",
         )
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"score of {stock.label}, AUC {results[stock.key]['auc']:.5f}")
