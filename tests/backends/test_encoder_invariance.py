@@ -82,6 +82,30 @@ def test_runs_and_threads_do_not_matter(name: str, isa: str) -> None:
 
 
 @on_each_isa
+@pytest.mark.parametrize("padding", ["zero", "compute"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("summary", [(None, "none"), (8, "max"), (3, "none")])
+def test_threads_that_share_a_sequence_do_not_matter(
+    summary: tuple[int | None, str], norm_first: bool, padding: str, isa: str
+) -> None:
+    """Few and long sequences, so that several threads work on one."""
+    case = EncoderCase(
+        length=120, mask="right", valid=(120, 90, 33), padding=padding, norm_first=norm_first,
+        latest_k=summary[0], pool=summary[1],
+    )  # fmt: skip
+    # What NaN a thread finds is not lost where the threads' maxima are combined.
+    for problem in (case.problem(), dataclasses.replace(case, poison=math.nan).problem()):
+        torch.set_num_threads(1)
+        once = run(problem, isa)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            for rows in ([0], [1], [0, 1, 2], [0, 1, 2, 0, 1]):
+                result = run(select(problem, rows), isa)
+                assert torch.equal(result.isnan(), once[rows].isnan())
+                assert torch.equal(result.nan_to_num(), once[rows].nan_to_num())
+
+
+@on_each_isa
 @on_each_case
 def test_form_of_the_mask_does_not_matter(name: str, isa: str) -> None:
     problem = CASES[name].problem()
