@@ -33,6 +33,9 @@ _NEEDS_GRADIENT = (
     "call it under torch.inference_mode() or torch.no_grad()"
 )
 
+# Older versions of torch do not have it.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 LIBRARY.define(
     "encoder(Tensor x, Tensor? candidate, Tensor?[] weights, Tensor? key_padding_mask, "
     "Tensor? lengths, int nhead, str activation, float negative_slope, bool norm_first, "
@@ -433,7 +436,8 @@ def _differentiable(
     )
     _check_length(x, fusion)
     backends.forget(weights)  # a step of an optimizer may follow, and fused ones are not counted
-    backends.report_fallback("encoder", backend, [_NEEDS_GRADIENT])
+    if not _is_exporting():  # an exported program keeps the op, whatever runs while it is made
+        backends.report_fallback("encoder", backend, [_NEEDS_GRADIENT])
     result = reference_backend.encoder(
         x,
         candidate,
