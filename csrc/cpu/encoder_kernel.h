@@ -373,6 +373,11 @@ struct EncoderKernel {
       for (int head = 0; head < m.shape.nhead; ++head) {
         for (int strip = strip_begin; strip < strip_end; ++strip) {
           uint32_t* tile = c.shared.keys + head * c.shared.key_head + strip * c.shared.key_strip;
+          // The steps that only pad hold the previous layer's keys, transposed: NaN among them
+          // would not vanish against the query's zeros.
+          const int steps = m.head_rows / kPair;
+          __builtin_memset(tile + steps * kLanes, 0,
+                           static_cast<size_t>(m.head_steps - steps) * kLanes * 4);
           for (int step = 0; step < m.head_steps; step += kLanes) {
             alignas(64) uint32_t block[kLanes * kLanes];
             Isa::transpose(tile + step * kLanes, kLanes, block, kLanes);

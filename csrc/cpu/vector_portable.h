@@ -53,7 +53,7 @@ struct Portable {
   // The range in which 2^x is taken: its ends already round to 0 and overflow to inf. NaN becomes
   // inf, which the check of the row sum notices as well; it must not reach the conversion to an
   // integer.
-  static V clamp_exponent(V x) { return min(max(x, set1(-126.0f)), set1(128.0f)); }
+  static V clamp_exponent(V x) { return max(min(x, set1(128.0f)), set1(-126.0f)); }
   // Adding 1.5 * 2^23 leaves no fraction bits; |x| <= 2^22.
   static V round(V x) { return (x + 12582912.0f) - 12582912.0f; }
   static V scale_by_power(V p, V n) {
