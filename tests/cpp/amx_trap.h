@@ -1,8 +1,10 @@
-// Runs AMX machine code on a processor without AMX: each tile instruction raises SIGILL, and the handler decodes and performs it.
-// So the object that ships is what is tested, not a model of it. Instructions are counted.
+// Runs AMX machine code on a processor without AMX: each tile instruction raises SIGILL, and the
+// handler decodes and performs it. So the object that ships is what is tested, not a model of it.
+// Instructions are counted.
 //
-// After the Intel architecture instruction set extensions programming reference: VEX.128.0F38.W0, opcodes 49 (configure, release,
-// zero), 4B (load, store) and 5C (dot product of bf16 pairs). Anything unexpected ends the program with a message.
+// After the Intel architecture instruction set extensions programming reference: VEX.128.0F38.W0,
+// opcodes 49 (configure, release, zero), 4B (load, store) and 5C (dot product of bf16 pairs).
+// Anything unexpected ends the program with a message.
 #pragma once
 
 #include <signal.h>
@@ -52,13 +54,15 @@ struct Decoder {
   int rex_x, rex_b;
 
   int64_t reg(int index) const {
-    static constexpr int kOrder[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
-                                       REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+    static constexpr int kOrder[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
+                                       REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
+                                       REG_R12, REG_R13, REG_R14, REG_R15};
     return context->uc_mcontext.gregs[kOrder[index]];
   }
 
-  // The address that ModRM (already read) names; p moves behind it. `stride` is the index register's value times its scale where
-  // the instruction steps by it, and then does not enter the address.
+  // The address that ModRM (already read) names; p moves behind it. `stride` is the index
+  // register's value times its scale where the instruction steps by it, and then does not enter the
+  // address.
   int64_t address(uint8_t modrm, int64_t* stride) {
     const int mod = modrm >> 6, rm = modrm & 7;
     int64_t at = 0;
@@ -105,7 +109,8 @@ inline void configure(const uint8_t* config) {
     uint16_t bytes;
     memcpy(&bytes, config + 16 + 2 * i, 2);
     const uint8_t rows = config[48 + i];
-    if (i >= 8 ? (bytes || rows) : (bytes > 64 || rows > 16)) fail("ldtilecfg: tile shape out of range");
+    if (i >= 8 ? (bytes || rows) : (bytes > 64 || rows > 16))
+      fail("ldtilecfg: tile shape out of range");
     if (i < 8) {
       s.bytes_per_row[i] = bytes;
       s.rows[i] = rows;
@@ -118,7 +123,8 @@ inline void configure(const uint8_t* config) {
 inline void dot(int c, int a, int b) {
   State& s = state();
   if (c == a || c == b || a == b) fail("tdpbf16ps: operands are not three tiles");
-  if (s.bytes_per_row[a] != 4 * s.rows[b] || s.rows[c] != s.rows[a] || s.bytes_per_row[c] != s.bytes_per_row[b]) {
+  if (s.bytes_per_row[a] != 4 * s.rows[b] || s.rows[c] != s.rows[a] ||
+      s.bytes_per_row[c] != s.bytes_per_row[b]) {
     fail("tdpbf16ps: shapes do not fit");
   }
   for (int m = 0; m < s.rows[c]; ++m) {
@@ -140,7 +146,8 @@ inline void handle(int, siginfo_t*, void* raw) {
   ucontext_t* context = static_cast<ucontext_t*>(raw);
   const uint8_t* at = reinterpret_cast<const uint8_t*>(context->uc_mcontext.gregs[REG_RIP]);
   // C4 | R X B mmmmm | W vvvv L pp | opcode | ModRM
-  if (at[0] != 0xc4 || (at[1] & 0x1f) != 2 || (at[2] & 0x84) != 0) fail("an illegal instruction that is not AMX's");
+  if (at[0] != 0xc4 || (at[1] & 0x1f) != 2 || (at[2] & 0x84) != 0)
+    fail("an illegal instruction that is not AMX's");
   const int pp = at[2] & 3, vvvv = ~(at[2] >> 3) & 15;
   const uint8_t opcode = at[3], modrm = at[4];
   const bool memory = modrm >> 6 != 3;
