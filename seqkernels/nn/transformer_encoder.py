@@ -153,10 +153,8 @@ class _Fused(nn.Module):
 
     padded_output: str
     backend: str
-
-    def _read(self) -> read.Encoder | None:
-        """The module as arguments of the op, None where the op cannot take it."""
-        raise NotImplementedError
+    # Each class has its own: the module as arguments of the op, None where the op cannot take it.
+    _read: Callable[[], read.Encoder | None]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, as in torch.nn.

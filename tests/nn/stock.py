@@ -1,5 +1,6 @@
 """torch's own encoders with the weights of a problem, in the two modes that treat padding apart."""
 
+import copy
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ ACTIVATIONS: dict[str, Any] = {
 def stock_encoder(
     case: EncoderCase, problem: EncoderProblem, *, nested: bool, batch_first: bool = True
 ) -> nn.TransformerEncoder:
-    """torch's encoder with the problem's weights, in eval mode."""
+    """torch's encoder with the problem's weights, in eval mode; without dropout in training."""
     layer = nn.TransformerEncoderLayer(
         case.d_model,
         case.nhead,
         case.dim_feedforward,
+        dropout=0.0,
         activation=ACTIVATIONS[case.activation],
         layer_norm_eps=case.layer_norm_eps,
         batch_first=batch_first,
@@ -47,3 +49,12 @@ def run_stock(encoder: nn.Module, problem: EncoderProblem, dtype: torch.dtype) -
     with torch.inference_mode():
         result: Tensor = encoder.to(dtype)(problem.x.to(dtype), src_key_padding_mask=mask)
     return result
+
+
+def golden_and_low(encoder: nn.Module, problem: EncoderProblem) -> tuple[Tensor, Tensor]:
+    """Copies of torch's encoder in fp64, the oracle, and in bf16, the yardstick."""
+    golden, low = (
+        run_stock(copy.deepcopy(encoder), problem, dtype)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    return golden, low

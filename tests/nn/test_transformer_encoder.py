@@ -20,8 +20,8 @@ from torch.nn import functional as F
 import seqkernels
 from seqkernels import BackendUnavailableError, backends, settings
 from seqkernels.nn import TransformerEncoder, TransformerEncoderLayer
-from seqkernels.testing import EncoderCase, assert_close_to_oracle
-from tests.nn.stock import run_stock, stock_encoder
+from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle
+from tests.nn.stock import golden_and_low, stock_encoder
 
 D, HEADS, FF = 16, 2, 8
 pytestmark = [
@@ -95,6 +95,17 @@ SLOW_CASES = CASES | {
 del SLOW_CASES["poisoned"]  # there torch's layers let NaN out
 
 
+#: No sequence has so few valid positions that the rule needs several draws.
+ONE_DRAW = EncoderCase(batch=3, length=40, mask="right", valid=(40, 25, 11))
+
+
+def one_problem(case: EncoderCase = ONE_DRAW) -> tuple[EncoderProblem, nn.TransformerEncoder]:
+    """A problem that is enough for the rule, and torch's encoder, on its nested path, for it."""
+    assert len(case.draws()) == 1
+    problem = case.problem()
+    return problem, stock_encoder(case, problem, nested=True)
+
+
 def hold_to_stock(case: EncoderCase, nested: bool, padded_output: str | None) -> None:
     """The numerics rule with torch's module in fp64 as oracle and in bf16 as yardstick."""
     ours, golden, low = [], [], []
@@ -105,9 +116,8 @@ def hold_to_stock(case: EncoderCase, nested: bool, padded_output: str | None) ->
         assert mine.padded_output == ("zero" if nested else "compute")
         with torch.inference_mode():
             ours.append(mine(problem.x, src_key_padding_mask=problem.key_padding_mask))
-        # Afterwards: `mine` shares the parameters that this converts.
-        golden.append(run_stock(copy.deepcopy(stock), problem, torch.float64))
-        low.append(run_stock(copy.deepcopy(stock), problem, torch.bfloat16))
+        for runs, run in zip((golden, low), golden_and_low(stock, problem), strict=True):
+            runs.append(run)
         if case.poison is not None:  # torch's nested path carries the poison nowhere
             assert golden[-1].isfinite().all()
     assert_close_to_oracle(ours, golden, low)
@@ -143,19 +153,19 @@ def test_padding_before_a_final_norm_is_normalized_zero() -> None:
 
 def test_a_layer_computes_padding() -> None:
     """torch's layer does so in every mode."""
-    stock = make(1).layers[0]
+    problem, encoder = one_problem(dataclasses.replace(ONE_DRAW, num_layers=1))
+    stock, ignored = encoder.layers[0], problem.key_padding_mask
+    assert ignored is not None
     ours = TransformerEncoderLayer.from_torch(stock)
     assert ours.padded_output == "compute"
-    x = draw(3, 7, D)
+    zero = TransformerEncoderLayer.from_torch(stock, padded_output="zero")
     with torch.inference_mode():
-        expected = stock(x, src_key_padding_mask=IGNORED)
-        torch.testing.assert_close(
-            ours(x, src_key_padding_mask=IGNORED), expected, rtol=0.05, atol=0.05
-        )
-        zero = TransformerEncoderLayer.from_torch(stock, padded_output="zero")
-        result = zero(x, src_key_padding_mask=IGNORED)
-    assert (result[IGNORED] == 0).all()
-    torch.testing.assert_close(result[~IGNORED], expected[~IGNORED], rtol=0.05, atol=0.05)
+        computed = ours(problem.x, src_key_padding_mask=ignored)
+        zeroed = zero(problem.x, src_key_padding_mask=ignored)
+    golden, low = golden_and_low(stock, problem)
+    assert (golden[ignored] != 0).any(-1).all()
+    assert_close_to_oracle(computed, golden, low)
+    assert torch.equal(zeroed, computed.masked_fill(ignored.unsqueeze(-1), 0.0))
     assert fused_calls() == 2
 
 
@@ -490,13 +500,12 @@ def test_dropout_left_on_is_honoured() -> None:
 
 
 def test_another_final_norm_is_applied_by_itself() -> None:
-    stock = make()
-    stock.norm = nn.RMSNorm(D)
-    ours, x = TransformerEncoder.from_torch(stock), draw(3, 7, D)
+    problem, stock = one_problem()
+    stock.norm = nn.RMSNorm(ONE_DRAW.d_model)
+    ours = TransformerEncoder.from_torch(stock)
     with torch.inference_mode():
-        result = ours(x, src_key_padding_mask=IGNORED)
-        expected = stock(x, src_key_padding_mask=IGNORED)
-    torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
+        result = ours(problem.x, src_key_padding_mask=problem.key_padding_mask)
+    assert_close_to_oracle(result, *golden_and_low(stock, problem))
     assert fused_calls() == 1
 
 
@@ -546,14 +555,20 @@ def test_training_is_torchs_dropout_included(
 
 
 def test_padding_is_the_same_in_training() -> None:
-    ours, x = TransformerEncoder.from_torch(make(dropout=0.0), padded_output="zero"), draw(3, 7, D)
+    problem, stock = one_problem()
+    ours, ignored = TransformerEncoder.from_torch(stock), problem.key_padding_mask
+    assert ours.padded_output == "zero"
+    assert ignored is not None
     with torch.inference_mode():
-        evaluated = ours(x, src_key_padding_mask=IGNORED)
+        evaluated = ours(problem.x, src_key_padding_mask=ignored)
     ours.train()
-    poisoned = x.masked_fill(IGNORED.unsqueeze(-1), math.nan).requires_grad_()
-    trained = ours(poisoned, src_key_padding_mask=IGNORED)
-    assert (trained[IGNORED] == 0).all()
-    torch.testing.assert_close(trained, evaluated, rtol=0.05, atol=0.05)
+    poisoned = problem.x.masked_fill(ignored.unsqueeze(-1), math.nan).requires_grad_()
+    trained = ours(poisoned, src_key_padding_mask=ignored)
+    golden, low = golden_and_low(stock, problem)
+    assert (golden[ignored] == 0).all()
+    for result in (evaluated, trained):
+        assert (result[ignored] == 0).all()
+        assert_close_to_oracle(result, golden, low)
     trained.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
@@ -568,13 +583,17 @@ def test_training_mode_without_gradients_is_told(caplog: pytest.LogCaptureFixtur
 
 
 def test_evaluation_with_gradients_is_the_reference() -> None:
-    ours, x = TransformerEncoder.from_torch(make()), draw(3, 7, D)
-    with torch.inference_mode():
-        fused = ours(x, src_key_padding_mask=IGNORED)
-    result = ours(x, src_key_padding_mask=IGNORED)
+    problem, stock = one_problem()
+    ours, ignored = TransformerEncoder.from_torch(stock), problem.key_padding_mask
+    result = ours(problem.x, src_key_padding_mask=ignored)
     assert result.requires_grad
     assert backends.calls["reference"] == 1
-    torch.testing.assert_close(result, fused, rtol=0.05, atol=0.05)
+    assert torch.equal(result, problem.reference(torch.float32))
+    with torch.inference_mode():
+        fused = ours(problem.x, src_key_padding_mask=ignored)
+    golden, low = golden_and_low(stock, problem)
+    for either in (result, fused):
+        assert_close_to_oracle(either, golden, low)
 
 
 # --- a drop-in ------------------------------------------------------------------------------------
@@ -686,9 +705,12 @@ def test_from_torch_shares_parameters_and_nothing_else() -> None:
 
 
 def test_copies_pickles_and_dtypes() -> None:
-    ours, x = TransformerEncoder.from_torch(make(), padded_output="compute"), draw(3, 7, D)
+    problem, stock = one_problem(dataclasses.replace(ONE_DRAW, mask="none", valid=None))
+    ours, x = TransformerEncoder.from_torch(stock, padded_output="compute"), problem.x
+    golden, low = golden_and_low(stock, problem)
     with torch.inference_mode():
         expected = ours(x)
+        assert_close_to_oracle(expected, golden, low)
         for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
             assert type(other) is TransformerEncoder
             assert (other.padded_output, other.backend) == ("compute", "auto")
@@ -696,7 +718,7 @@ def test_copies_pickles_and_dtypes() -> None:
         half = copy.deepcopy(ours).to(torch.bfloat16)
         result = half(x.bfloat16())
         assert result.dtype == torch.bfloat16
-        torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.1)
+        assert_close_to_oracle(result, golden, low)
         assert fused_calls() == 4
         backends.calls.clear()
         for dtype in (torch.float64, torch.float16):
@@ -766,16 +788,19 @@ def test_export_with_dynamic_batch_and_length(batch_first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_trace_records_plain_operations() -> None:
-    ours, x = TransformerEncoder.from_torch(make(norm=True)), draw(3, 7, D)
+    problem, stock = one_problem(dataclasses.replace(ONE_DRAW, final_norm=True))
+    ours, ignored = TransformerEncoder.from_torch(stock), problem.key_padding_mask
+    assert ignored is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(
-            ours, example_kwarg_inputs={"src": x, "src_key_padding_mask": IGNORED}
+            ours, example_kwarg_inputs={"src": problem.x, "src_key_padding_mask": ignored}
         )
+    golden, low = golden_and_low(stock, problem)
     with torch.inference_mode():
-        result = traced(src=x[:2], src_key_padding_mask=IGNORED[:2])
-        expected = ours(x[:2], src_key_padding_mask=IGNORED[:2])
-    torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
+        for module in (traced, ours):  # of a batch that is not the one traced
+            result = module(src=problem.x[1:], src_key_padding_mask=ignored[1:])
+            assert_close_to_oracle(result, golden[1:], low[1:])
 
 
 def test_valid_calls_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
