@@ -29,6 +29,8 @@ void check_shape(const EncoderShape& s, const EncoderParameters& p) {
   }
   if (s.dim_feedforward < 1)
     refuse("dim_feedforward: expected at least 1, got " + std::to_string(s.dim_feedforward));
+  if (s.activation == Activation::kNone)
+    refuse("activation: expected relu, gelu, gelu_tanh or leaky_relu, got none");
   if (p.layers.empty()) refuse("layers: expected at least one layer, got none");
   for (const EncoderLayerParameters& w : p.layers) {
     if (!w.in_proj_weight || !w.out_proj_weight || !w.linear1_weight || !w.linear2_weight) {

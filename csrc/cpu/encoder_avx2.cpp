@@ -10,6 +10,7 @@ namespace seqkernels::cpu::avx2 {
 #include "cpu/vector_math.h"
 #include "cpu/vector_avx2.h"
 #include "cpu/operand_fp32.h"
+#include "cpu/left_operand.h"
 #include "cpu/encoder_kernel.h"
 #include "cpu/product_lanes.h"
 // clang-format on

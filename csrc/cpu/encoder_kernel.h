@@ -18,15 +18,6 @@
 // Each stage is a function of its own, so that a profile shows where the time goes.
 #define SEQKERNELS_STAGE __attribute__((noinline))
 
-// A left operand: row r starts at word at(r), the next step `width` words further (tiles: 16 rows
-// by 16 steps a KB).
-struct LeftOperand {
-  const uint32_t* base;
-  ptrdiff_t strip_stride;  // words between strips of `width` rows
-  int width;
-  const uint32_t* at(int row) const { return base + (row / width) * strip_stride + row % width; }
-};
-
 // Hands out consecutive pieces of a block of memory, 64-byte aligned; with a null block it only
 // counts.
 struct Arena {
@@ -43,7 +34,6 @@ struct Arena {
 template <class Product>
 struct EncoderKernel {
   using Isa = typename Product::Isa;
-  using Math = VectorMath<Isa>;
   using V = typename Isa::V;
   using Element = typename Isa::Element;
   static constexpr int kLanes = Isa::kLanes;
@@ -601,21 +591,8 @@ struct EncoderKernel {
     const float* bias = shape.norm_first ? layer.norm2_bias : layer.norm1_bias;
     layer_norm<kStrips>(m, weight, bias, shape.layer_norm_eps, c.own.residual, !shape.norm_first,
                         c.own.operand, c.own.operand_strip);
-    const V slope = Isa::set1(shape.negative_slope);
-    switch (shape.activation) {
-      case Activation::kRelu:
-        feed_forward<kStrips>(c, layer, [](V y) { return Math::relu(y); });
-        break;
-      case Activation::kGelu:
-        feed_forward<kStrips>(c, layer, [](V y) { return Math::gelu(y); });
-        break;
-      case Activation::kGeluTanh:
-        feed_forward<kStrips>(c, layer, [](V y) { return Math::gelu_tanh(y); });
-        break;
-      case Activation::kLeakyRelu:
-        feed_forward<kStrips>(c, layer, [slope](V y) { return Math::leaky_relu(y, slope); });
-        break;
-    }
+    with_activation<Isa>(shape.activation, shape.negative_slope,
+                         [&](auto activate) { feed_forward<kStrips>(c, layer, activate); });
     if (!shape.norm_first) {
       layer_norm<kStrips>(m, layer.norm2_weight, layer.norm2_bias, shape.layer_norm_eps,
                           c.own.residual, last, last ? nullptr : x, c.shared.x_strip);

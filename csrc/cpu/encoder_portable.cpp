@@ -8,6 +8,7 @@ namespace seqkernels::cpu::portable {
 #include "cpu/vector_math.h"
 #include "cpu/vector_portable.h"
 #include "cpu/operand_fp32.h"
+#include "cpu/left_operand.h"
 #include "cpu/encoder_kernel.h"
 #include "cpu/product_lanes.h"
 // clang-format on

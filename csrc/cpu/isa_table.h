@@ -4,11 +4,15 @@
 #include <string>
 
 #include "cpu/encoder_model.h"
+#include "cpu/linear_model.h"
+#include "cpu/resilient_batch_norm_model.h"
 
 namespace seqkernels::cpu {
 
 // The kernel of a set; throws std::invalid_argument for an unknown name and for a set that cannot
 // run here.
 const EncoderKernelEntry& encoder_kernel(const std::string& isa);
+const LinearKernelEntry& linear_kernel(const std::string& isa);
+const ResilientBatchNormKernelEntry& resilient_batch_norm_kernel(const std::string& isa);
 
 }  // namespace seqkernels::cpu

@@ -19,9 +19,6 @@ struct Bf16Portable : Vector {
   }
   static inline V exp2_for_operand(V x) { return VectorMath<Bf16Portable>::exp2_coarse(x); }
 
-  static void store_bf16(uint16_t* p, V a) {
-    for (int i = 0; i < Vector::kLanes; ++i) p[i] = round_to_bf16(a[i]);
-  }
   static void bf16_from_fp32(const float* src, int64_t n, uint16_t* dst) {
     for (int64_t i = 0; i < n; ++i) dst[i] = round_to_bf16(src[i]);
   }

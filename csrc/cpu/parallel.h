@@ -31,4 +31,9 @@ class Barrier {
 // with the thread. Contents are those of the last call. Throws std::bad_alloc.
 void* thread_workspace(size_t bytes);
 
+// Asks the system to back a large block that is about to be written with large pages, where it does
+// so on request: a fresh block is otherwise faulted in 4 KB at a time, which takes longer than
+// writing it. Only a hint; the block's contents do not matter.
+void prefer_large_pages(void* block, size_t bytes);
+
 }  // namespace seqkernels::cpu

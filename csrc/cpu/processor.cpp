@@ -111,23 +111,30 @@ struct Isa {
   const char* name;
   void (*check)(Reasons&);
   const cpu::EncoderKernelEntry& (*encoder)();
+  const cpu::LinearKernelEntry& (*linear)();
+  const cpu::ResilientBatchNormKernelEntry& (*resilient_batch_norm)();
 };
 
 constexpr Isa kIsas[] = {
 #if defined(SEQKERNELS_ISA_AMX_BF16)
-    {"amx_bf16", need_amx_bf16, cpu::encoder_amx_bf16},
+    {"amx_bf16", need_amx_bf16, cpu::encoder_amx_bf16, cpu::linear_amx_bf16,
+     cpu::resilient_batch_norm_avx512_bf16},
 #endif
 #if defined(SEQKERNELS_ISA_AVX512_BF16)
-    {"avx512_bf16", need_avx512_bf16, cpu::encoder_avx512_bf16},
+    {"avx512_bf16", need_avx512_bf16, cpu::encoder_avx512_bf16, cpu::linear_avx512_bf16,
+     cpu::resilient_batch_norm_avx512_bf16},
 #endif
 #if defined(SEQKERNELS_ISA_AVX512)
-    {"avx512", need_avx512, cpu::encoder_avx512},
+    {"avx512", need_avx512, cpu::encoder_avx512, cpu::linear_avx512,
+     cpu::resilient_batch_norm_avx512},
 #endif
 #if defined(SEQKERNELS_ISA_AVX2)
-    {"avx2", need_avx2, cpu::encoder_avx2},
+    {"avx2", need_avx2, cpu::encoder_avx2, cpu::linear_avx2, cpu::resilient_batch_norm_avx2},
 #endif
-    {"portable", need_nothing, cpu::encoder_portable},
-    {"amx_emulated", need_nothing, cpu::encoder_amx_emulated},
+    {"portable", need_nothing, cpu::encoder_portable, cpu::linear_portable,
+     cpu::resilient_batch_norm_portable},
+    {"amx_emulated", need_nothing, cpu::encoder_amx_emulated, cpu::linear_amx_emulated,
+     cpu::resilient_batch_norm_portable},
 };
 
 const Isa& find(const std::string& name) {
@@ -177,7 +184,9 @@ std::string processor_name() {
 
 namespace cpu {
 
-const EncoderKernelEntry& encoder_kernel(const std::string& isa) {
+namespace {
+
+const Isa& find_runnable(const std::string& isa) {
   const std::vector<std::string> reasons = isa_unsupported_reasons(isa);
   if (!reasons.empty()) {
     std::string message = "isa: '" + isa + "' cannot run here:";
@@ -185,7 +194,21 @@ const EncoderKernelEntry& encoder_kernel(const std::string& isa) {
     message.pop_back();
     throw std::invalid_argument(message);
   }
-  return find(isa).encoder();
+  return find(isa);
+}
+
+}  // namespace
+
+const EncoderKernelEntry& encoder_kernel(const std::string& isa) {
+  return find_runnable(isa).encoder();
+}
+
+const LinearKernelEntry& linear_kernel(const std::string& isa) {
+  return find_runnable(isa).linear();
+}
+
+const ResilientBatchNormKernelEntry& resilient_batch_norm_kernel(const std::string& isa) {
+  return find_runnable(isa).resilient_batch_norm();
 }
 
 }  // namespace cpu

@@ -60,3 +60,29 @@ struct VectorMath {
     return Isa::mul(x, logistic2(Isa::mul(inner, Isa::set1(2.0f * 0.79788456f * 1.44269504f))));
   }
 };
+
+// Calls body(activate) with the function V -> V that `kind` names, so that a loop is compiled for
+// each of them.
+template <class Isa, class Body>
+static inline void with_activation(Activation kind, float negative_slope, Body&& body) {
+  using Math = VectorMath<Isa>;
+  using V = typename Isa::V;
+  const V slope = Isa::set1(negative_slope);
+  switch (kind) {
+    case Activation::kNone:
+      body([](V y) { return y; });
+      break;
+    case Activation::kRelu:
+      body([](V y) { return Math::relu(y); });
+      break;
+    case Activation::kGelu:
+      body([](V y) { return Math::gelu(y); });
+      break;
+    case Activation::kGeluTanh:
+      body([](V y) { return Math::gelu_tanh(y); });
+      break;
+    case Activation::kLeakyRelu:
+      body([slope](V y) { return Math::leaky_relu(y, slope); });
+      break;
+  }
+}

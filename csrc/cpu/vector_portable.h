@@ -20,6 +20,14 @@ struct Portable {
     return a;
   }
   static void store(float* p, V a) { __builtin_memcpy(p, &a, sizeof a); }
+  static V load_bf16(const uint16_t* p) {
+    V a;
+    for (int i = 0; i < kLanes; ++i) a[i] = widen_bf16(p[i]);
+    return a;
+  }
+  static void store_bf16(uint16_t* p, V a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = round_to_bf16(a[i]);
+  }
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }

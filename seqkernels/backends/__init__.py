@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from seqkernels import settings
-from seqkernels.backends.call import EncoderCall, EncoderOptions
+from seqkernels.backends.call import (
+    EncoderCall,
+    EncoderOptions,
+    LinearCall,
+    LinearOptions,
+    ResilientBatchNormCall,
+    ResilientBatchNormOptions,
+)
 from seqkernels.backends.cpu import CpuBackend
 from seqkernels.backends.reference import ReferenceBackend
 from seqkernels.backends.weights import WeightSet, forget, lookup
@@ -26,6 +33,10 @@ __all__ = [
     "Choice",
     "EncoderCall",
     "EncoderOptions",
+    "LinearCall",
+    "LinearOptions",
+    "ResilientBatchNormCall",
+    "ResilientBatchNormOptions",
     "WeightSet",
     "calls",
     "check_name",
@@ -52,6 +63,12 @@ class Backend(Protocol):
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
         """Run the op ``encoder``."""
+
+    def linear(self, call: LinearCall, variant: str) -> Tensor:
+        """Run the op ``linear``."""
+
+    def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
+        """Run the op ``resilient_batch_norm``."""
 
 
 #: Fastest first. The last one runs everything.

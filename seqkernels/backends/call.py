@@ -41,3 +41,50 @@ class EncoderCall(NamedTuple):
     latest_k: int | None
     pool: str
     out: Tensor  # [B, L', D] or [B, latest_k * D (+ D)], to be written; B >= 1
+
+
+class ResilientBatchNormOptions(NamedTuple):
+    """The numbers of a batch norm, and the activation after it."""
+
+    eps: float
+    min_var: float
+    max_abs: float
+    activation: str
+    negative_slope: float
+
+
+class ResilientBatchNormCall(NamedTuple):
+    """A call of the op ``resilient_batch_norm`` that is checked and not empty.
+
+    Letters: N rows, C channels, L positions.
+    """
+
+    x: Tensor  # [N, C], rows contiguous; [N, C, L], positions or channels contiguous
+    mean: Tensor  # [C], any floating dtype, as those below
+    var: Tensor  # [C]
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    options: ResilientBatchNormOptions
+    out: Tensor  # as x, to be written; contiguous in the order of x's dimensions in memory
+
+
+class LinearOptions(NamedTuple):
+    """The numbers of a linear layer's norms (eps, min_var, max_abs; or none) and its activation."""
+
+    input_norm: tuple[float, ...]
+    output_norm: tuple[float, ...]
+    activation: str
+    negative_slope: float
+
+
+class LinearCall(NamedTuple):
+    """A call of the op ``linear`` that is checked and not empty.
+
+    Letters: N rows, K = in_features, F = out_features.
+    """
+
+    x: Tensor  # [N, K], rows contiguous
+    weights: Sequence[Tensor | None]  # see linear_weights.NAMES
+    weight_set: WeightSet
+    options: LinearOptions
+    out: Tensor  # [N, F], contiguous, to be written

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from seqkernels import settings
-from seqkernels.backends.call import EncoderCall, EncoderOptions
-from seqkernels.backends.weights import PER_LAYER, WeightSet
+from seqkernels.backends.call import (
+    EncoderCall,
+    EncoderOptions,
+    LinearCall,
+    LinearOptions,
+    ResilientBatchNormCall,
+)
+from seqkernels.backends.encoder_weights import PER_LAYER
+from seqkernels.backends.linear_weights import INPUT_NORM, OUTPUT_NORM
+from seqkernels.backends.weights import WeightSet
 
 _native: Any = None
 import_error: str | None = None  # why there is no native module; the whole text
@@ -141,6 +149,89 @@ class CpuBackend:
             torch.get_num_threads(),
         )
         return out
+
+    def resilient_batch_norm(self, call: ResilientBatchNormCall, isa: str) -> Tensor:
+        """Write ``call.out`` by one call of the kernel."""
+        x, mean, var, weight, bias, options, out = call
+        mean, var = _fp32(mean), _fp32(var)
+        weight = None if weight is None else _fp32(weight)
+        bias = None if bias is None else _fp32(bias)
+        # Rows of channels (outer, inner, C), or rows of positions (outer, C, inner).
+        channels_last = x.dim() == 2 or x.stride(1) < x.stride(2)
+        if x.dim() == 2:
+            outer, inner = 1, x.shape[0]
+            x_outer, x_row, out_outer, out_row = 0, x.stride(0), 0, out.stride(0)
+        else:
+            outer, inner = x.shape[0], x.shape[2]
+            row = 2 if channels_last else 1
+            x_outer, x_row = x.stride(0), x.stride(row)
+            out_outer, out_row = out.stride(0), out.stride(row)
+        _batch_norm_kernel(isa).forward(
+            x.data_ptr(),
+            x.dtype is torch.bfloat16,
+            channels_last,
+            outer,
+            inner,
+            x.shape[1],
+            x_outer,
+            x_row,
+            mean.data_ptr(),
+            var.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            *options,
+            out.data_ptr(),
+            out_outer,
+            out_row,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def linear(self, call: LinearCall, isa: str) -> Tensor:
+        """Write ``call.out`` by one call of the kernel."""
+        x, weights, weight_set, options, out = call
+        packed = weight_set.derived((isa, options), _pack_linear, weights, options, isa)
+        packed.forward(
+            x.data_ptr(),
+            x.dtype is torch.bfloat16,
+            x.shape[0],
+            x.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def _pack_linear(weights: Sequence[Tensor | None], options: LinearOptions, isa: str) -> Any:
+    """The native object that holds the weights and norms for one instruction set."""
+    plain = [None if w is None else _fp32(w) for w in weights]  # kept until the copy is made
+    pointers = [0 if w is None else w.data_ptr() for w in plain]
+    weight = weights[0]
+    assert weight is not None
+    return _native.LinearWeights(
+        isa,
+        weight.shape[1],
+        weight.shape[0],
+        *pointers[:2],
+        pointers[INPUT_NORM] if options.input_norm else [],
+        options.input_norm,
+        pointers[OUTPUT_NORM] if options.output_norm else [],
+        options.output_norm,
+        options.activation,
+        options.negative_slope,
+    )
+
+
+@lru_cache(maxsize=16)
+def _batch_norm_kernel(isa: str) -> Any:
+    return _native.ResilientBatchNorm(isa)
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous()
 
 
 def _pack(

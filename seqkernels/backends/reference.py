@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from seqkernels import reference
-from seqkernels.backends.call import EncoderCall, EncoderOptions
+from seqkernels.backends.call import (
+    EncoderCall,
+    EncoderOptions,
+    LinearCall,
+    LinearOptions,
+    ResilientBatchNormCall,
+    ResilientBatchNormOptions,
+)
+from seqkernels.backends.linear_weights import INPUT_NORM, OUTPUT_NORM
 
 
 class ReferenceBackend:
@@ -42,6 +50,16 @@ class ReferenceBackend:
             )
             return call.out.copy_(result)
 
+    def linear(self, call: LinearCall, variant: str) -> Tensor:
+        """Write ``call.out``."""
+        with torch.no_grad():
+            return call.out.copy_(linear(call.x, call.weights, call.options))
+
+    def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
+        """Write ``call.out``."""
+        with torch.no_grad():
+            return call.out.copy_(resilient_batch_norm(*call[:6]))
+
 
 def encoder(
     x: Tensor,
@@ -70,4 +88,43 @@ def encoder(
             latest_k=latest_k,
             pool=pool,
             **options._asdict(),
+        )
+
+
+def resilient_batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: ResilientBatchNormOptions,
+) -> Tensor:
+    """Evaluate `seqkernels.reference.resilient_batch_norm`, whatever autocast says."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.resilient_batch_norm(x, mean, var, weight, bias, **options._asdict())
+
+
+def linear(x: Tensor, weights: Sequence[Tensor | None], options: LinearOptions) -> Tensor:
+    """Evaluate `seqkernels.reference.linear` in the dtype of x, whatever autocast says."""
+    weight, bias = weights[:2]
+    assert weight is not None
+    norms: list[reference.ChannelNorm | None] = []
+    for tensors, numbers in (
+        (weights[INPUT_NORM], options.input_norm),
+        (weights[OUTPUT_NORM], options.output_norm),
+    ):
+        mean, var, gain, offset = tensors
+        if mean is None or var is None:
+            norms.append(None)
+        else:
+            norms.append(reference.ChannelNorm(mean, var, gain, offset, *numbers))
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.linear(
+            x,
+            weight,
+            bias,
+            input_norm=norms[0],
+            output_norm=norms[1],
+            activation=options.activation,
+            negative_slope=options.negative_slope,
         )

@@ -1,4 +1,4 @@
-"""What is derived from the weights of an encoder, kept as long as the weights live and stay equal.
+"""What is derived from the weights of an op, kept as long as the weights live and stay equal.
 
 A module hands its plain parameters to the op on each call, so that exported and compiled graphs
 hold parameters and the state dict stays torch's. What a backend derives from them (packed weights)
@@ -26,109 +26,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PER_LAYER = 12
-_LAYER_NAMES = (
-    "self_attn.in_proj_weight",
-    "self_attn.in_proj_bias",
-    "self_attn.out_proj.weight",
-    "self_attn.out_proj.bias",
-    "linear1.weight",
-    "linear1.bias",
-    "linear2.weight",
-    "linear2.bias",
-    "norm1.weight",
-    "norm1.bias",
-    "norm2.weight",
-    "norm2.bias",
-)
-_PROJECTIONS = (0, 2, 4, 6)  # these may not be absent
-
 _data_ptr = Tensor.data_ptr
 _version = attrgetter("_version")
 
 
-class EncoderShape(NamedTuple):
-    """Sizes of an encoder, read from its weights."""
+class WeightLayout(NamedTuple):
+    """How an op names and checks its weights."""
 
-    d_model: int
-    dim_feedforward: int
-    num_layers: int
-    has_final_norm: bool
-    device: torch.device
-
-
-def read_shape(weights: Sequence[Tensor | None]) -> EncoderShape:
-    """Check an encoder's weights and return its sizes.
-
-    Raises
-    ------
-    ValueError
-        For a wrong number of weights, a missing projection, a wrong shape or mixed devices.
-    TypeError
-        For weights that are not floating.
-    """
-    num_layers, extra = divmod(len(weights), PER_LAYER)
-    if num_layers == 0 or extra not in (0, 2):
-        raise ValueError(
-            f"encoder: weights: expected {PER_LAYER} per layer and 0 or 2 for the final norm, "
-            f"got {len(weights)}"
-        )
-    first, first_linear = weights[0], weights[4]
-    if first is None or first.dim() != 2 or first_linear is None or first_linear.dim() != 2:
-        raise ValueError(
-            "encoder: weights: expected matrices for in_proj_weight and linear1.weight, "
-            f"got {_describe(first)} and {_describe(first_linear)}"
-        )
-    d, f, device = first.shape[1], first_linear.shape[0], first.device
-    layer = ((3 * d, d), (3 * d,), (d, d), (d,), (f, d), (f,), (d, f), (d,), *[(d,)] * 4)
-    for index, weight in enumerate(weights):
-        n, i = divmod(index, PER_LAYER)
-        in_layer = n < num_layers
-        name = _name(index, len(weights))
-        expected = layer[i] if in_layer else (d,)
-        if weight is None:
-            if in_layer and i in _PROJECTIONS:
-                raise ValueError(f"encoder: weights: expected a tensor for {name}, got None")
-            continue
-        if weight.shape != expected:
-            raise ValueError(
-                f"encoder: weights: expected shape {expected} for {name}, got {_describe(weight)}"
-            )
-        if not weight.is_floating_point():
-            raise TypeError(
-                f"encoder: weights: expected a floating dtype for {name}, got {weight.dtype}"
-            )
-        if weight.device != device:
-            raise ValueError(
-                f"encoder: weights: expected {name} on {device} like the first one, "
-                f"got {weight.device}"
-            )
-    return EncoderShape(d, f, num_layers, extra == 2, device)
-
-
-def _name(index: int, count: int) -> str:
-    n, i = divmod(index, PER_LAYER)
-    if n < count // PER_LAYER:
-        return f"layers.{n}.{_LAYER_NAMES[i]}"
-    return ("norm.weight", "norm.bias")[i]
-
-
-def _describe(weight: Tensor | None) -> str:
-    return "None" if weight is None else str(tuple(weight.shape))
+    op: str
+    name: Callable[[int, int], str]  # of the weight at an index among so many
+    read: Callable[[Sequence[Tensor | None]], Any]  # checks them and returns their sizes
 
 
 class WeightSet:
-    """The sizes of one encoder, and what backends derived from its present weights."""
+    """The sizes an op read off its weights, and what backends derived from their present values."""
 
     __slots__ = ("_derived", "_references", "_storages", "complete", "fingerprint", "shape")
 
-    def __init__(self, weights: Sequence[Tensor | None]) -> None:
-        self.shape = read_shape(weights)
+    def __init__(self, layout: WeightLayout, weights: Sequence[Tensor | None]) -> None:
+        self.shape: Any = layout.read(weights)
         for index, weight in enumerate(weights):
             if weight is not None and hasattr(weight, "__tensor_flatten__"):
                 raise TypeError(
-                    f"encoder: weights: expected a plain tensor for {_name(index, len(weights))}, "
-                    f"got a {type(weight).__name__}"
+                    f"{layout.op}: weights: expected a plain tensor for "
+                    f"{layout.name(index, len(weights))}, got a {type(weight).__name__}"
                 )
         self.complete = all(w is not None for w in weights)
         self.fingerprint: list[int] | None = None
@@ -169,7 +90,7 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-def lookup(weights: Sequence[Tensor | None]) -> WeightSet:
+def lookup(layout: WeightLayout, weights: Sequence[Tensor | None]) -> WeightSet:
     """The `WeightSet` of these weights, checked and new where they are new or have changed."""
     key = tuple(map(id, weights))
     found = _sets.get(key)
@@ -182,13 +103,13 @@ def lookup(weights: Sequence[Tensor | None]) -> WeightSet:
     except RuntimeError:
         if not any(w.is_inference() for w in present):
             raise
-        return WeightSet(weights)  # no version counters: nothing to trust on the next call
+        return WeightSet(layout, weights)  # no version counters: nothing to trust on the next call
     if found is not None and found.fingerprint == fingerprint:
         return found
     with _lock:
         found = _sets.get(key)
         if found is None or found.fingerprint != fingerprint:
-            found = WeightSet(weights)
+            found = WeightSet(layout, weights)
             found.keep(present, fingerprint, key)
     return found
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import seqkernels.nn
 from seqkernels import backends, settings
 from seqkernels.backends import cpu
+from seqkernels.backends.encoder_weights import LAYOUT as ENCODER_WEIGHTS
 from seqkernels.benchmark.workloads import Workload
 from seqkernels.testing import EncoderCase, EncoderProblem
 
@@ -194,7 +195,7 @@ def packed_weights(problem: EncoderProblem, workload: Workload) -> Any:
     options = backends.EncoderOptions(
         *(problem.options[name] for name in backends.EncoderOptions._fields)
     )
-    return cpu._pack(problem.weights, backends.lookup(problem.weights), options, isa)
+    return cpu._pack(problem.weights, backends.lookup(ENCODER_WEIGHTS, problem.weights), options, isa)
 
 
 class Eager(Contestant):

@@ -1,5 +1,14 @@
 """The ops: schema, validation, fake and dispatch of each, as ``torch.ops.seqkernels.<op>``."""
 
 from seqkernels.ops.encoder import apply_encoder, encoder
+from seqkernels.ops.linear import apply_linear, linear
+from seqkernels.ops.resilient_batch_norm import apply_resilient_batch_norm, resilient_batch_norm
 
-__all__ = ["apply_encoder", "encoder"]
+__all__ = [
+    "apply_encoder",
+    "apply_linear",
+    "apply_resilient_batch_norm",
+    "encoder",
+    "linear",
+    "resilient_batch_norm",
+]

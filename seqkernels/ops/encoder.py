@@ -16,8 +16,9 @@ from torch import Tensor
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
 from seqkernels.backends.call import EncoderCall, EncoderOptions
-from seqkernels.backends.weights import lookup, read_shape
-from seqkernels.ops.library import LIBRARY, NAMESPACE
+from seqkernels.backends.encoder_weights import LAYOUT, read_shape
+from seqkernels.backends.weights import lookup
+from seqkernels.ops.library import LIBRARY, NAMESPACE, is_exporting, nobody_listens
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("relu", "gelu", "gelu_tanh", "leaky_relu"),
@@ -32,9 +33,6 @@ _NEEDS_GRADIENT = (
     "gradients are to be recorded (grad mode is on and x or a weight requires grad); "
     "call it under torch.inference_mode() or torch.no_grad()"
 )
-
-# Older versions of torch do not have it.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 LIBRARY.define(
     "encoder(Tensor x, Tensor? candidate, Tensor?[] weights, Tensor? key_padding_mask, "
@@ -284,7 +282,7 @@ def _run(
     pool: str,
     backend: str,
 ) -> Tensor:
-    weight_set = lookup(weights)
+    weight_set = lookup(LAYOUT, weights)
     d_model, _, _, _, device = weight_set.shape
     options = _checked_options(
         d_model,
@@ -436,7 +434,7 @@ def _differentiable(
     )
     _check_length(x, fusion)
     backends.forget(weights)  # a step of an optimizer may follow, and fused ones are not counted
-    if not _is_exporting():  # an exported program keeps the op, whatever runs while it is made
+    if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
         backends.report_fallback("encoder", backend, [_NEEDS_GRADIENT])
     result = reference_backend.encoder(
         x,
@@ -470,25 +468,5 @@ encoder: Callable[..., Tensor] = torch.ops.seqkernels.encoder.default
 
 
 def apply_encoder(x: Tensor, *arguments: Any) -> Tensor:
-    """The op, called without torch's dispatcher where nobody would notice.
-
-    The dispatcher takes about 8 us to pass two layers' weights, half of all that is not the kernel
-    for one short sequence. It is needed to record gradients or a graph, for modes, transforms and
-    the profiler, for tensors that are not plain, and for devices other than the CPU.
-    """
-    if (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and not _C._len_torch_dispatch_stack()
-        and not _C._len_torch_function_stack()
-        and not _C._get_tracing_state()
-        and not _C._functorch.peek_interpreter_stack()
-        and not _C._autograd._profiler_enabled()
-    ):
-        return _run(x, *arguments)
-    return encoder(x, *arguments)
-
-
-_C: Any = torch._C
+    """The op, called without torch's dispatcher where nobody would notice."""
+    return _run(x, *arguments) if nobody_listens(x) else encoder(x, *arguments)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seqkernels import settings
 from seqkernels.backends import EncoderCall, EncoderOptions, lookup
+from seqkernels.backends.encoder_weights import LAYOUT
 from seqkernels.backends.cpu import CpuBackend, native
 from seqkernels.testing import EncoderCase, EncoderProblem
 from tests.backends.encoder_runs import on_each_isa, run
@@ -264,7 +265,7 @@ def run_into(problem: EncoderProblem, out: Tensor, isa: str) -> None:
         x=problem.x,
         candidate=problem.candidate,
         weights=weights,
-        weight_set=lookup(weights),
+        weight_set=lookup(LAYOUT, weights),
         mask=problem.key_padding_mask,
         lengths=problem.lengths,
         options=options,

@@ -133,6 +133,8 @@ class Reference {
 
   double activate(double x) const {
     switch (c_.activation) {
+      case Activation::kNone:
+        break;
       case Activation::kRelu:
         return std::max(x, 0.0);
       case Activation::kGelu:

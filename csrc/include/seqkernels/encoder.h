@@ -10,9 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "seqkernels/activation.h"
+
 namespace seqkernels {
 
-enum class Activation : int { kRelu = 0, kGelu = 1, kGeluTanh = 2, kLeakyRelu = 3 };
 enum class Fusion : int { kNone = 0, kConcat = 1, kAppend = 2 };
 enum class Padding : int { kZero = 0, kCompute = 1, kExclude = 2 };
 

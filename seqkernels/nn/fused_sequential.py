@@ -1,0 +1,259 @@
+"""``Sequential`` whose chains of linear layers, batch norms and activations run as one op each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqkernels import ops
+from seqkernels.backends.linear_weights import LAYOUT, OUTPUT_NORM
+from seqkernels.backends.weights import lookup
+from seqkernels.nn import read
+from seqkernels.nn.linear import Linear
+from seqkernels.nn.resilient_batch_norm import ResilientBatchNorm1d
+from seqkernels.ops.library import nobody_listens
+from seqkernels.reference.linear import ChannelNorm, fold_norm, fold_reasons
+from seqkernels.reference.resilient_batch_norm import activate
+
+_NO_NORM: list[Tensor | None] = [None] * 4
+Members = Sequence[tuple[str, nn.Module | None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Consecutive members of a `FusedSequential` that run together.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the members, activation and dropout included.
+    kind : str
+        ``"bf16"``: product, the norms around it and the activation as one op; ``"torch"``: torch's
+        product with the norm folded into its weights, or behind it where that may not be;
+        ``"norm"``: batch norm and activation as one op; ``"module"``: a member as it is.
+    input_norm, linear, output_norm, activation : torch.nn.Module or None
+        Their parts; a ``"module"`` is in ``linear``.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    input_norm: ResilientBatchNorm1d | None = None
+    linear: nn.Module | None = None
+    output_norm: ResilientBatchNorm1d | None = None
+    activation: nn.Module | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is more than one member."""
+        return self.kind != "module" and len(self.names) > 1
+
+
+class FusedSequential(nn.Sequential):
+    """``torch.nn.Sequential`` with its chains fused in evaluation.
+
+    Wherever these follow each other they run as one op, without their intermediate results::
+
+        [norm ->] Linear [-> norm] [-> activation]         norm [-> activation]
+
+    with norm a `ResilientBatchNorm1d`, Linear this package's or torch's, and activation torch's
+    ReLU, GELU or LeakyReLU module. Around this package's `Linear` (bf16) norms work on the fp32
+    sums and on the unrounded input; an exact norm behind torch's Linear is folded into its weights.
+
+    Notes
+    -----
+    `swap` makes them of ``torch.nn.Sequential``. The state dict, indexing and iteration are
+    torch's. Members run one by one where a chain may not be fused: in training, with hooks on a
+    member, for 3-D input (a batch norm's channels are not the last dimension there), without
+    running statistics; `reasons` tells. A norm is not folded if it has bounds, or statistics that
+    are not finite, or stands in front of the product: its mean has to be taken off before the
+    product rounds.
+
+    Examples
+    --------
+    >>> import torch, seqkernels
+    >>> norm = seqkernels.nn.ResilientBatchNorm1d(32)
+    >>> mlp = seqkernels.nn.FusedSequential(seqkernels.nn.Linear(64, 32), norm, torch.nn.ReLU())
+    >>> [step.names for step in mlp.eval().steps()]
+    [('0', '1', '2')]
+    >>> with torch.inference_mode():
+    ...     mlp(torch.randn(5, 64)).shape
+    torch.Size([5, 32])
+    """
+
+    @classmethod
+    def _adopt(cls, module: nn.Module) -> FusedSequential:
+        """Turn this instance of torch's class into one of this class."""
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        return module
+
+    def steps(self) -> list[Step]:
+        """How the members are grouped, as they are now, for 2-D input in evaluation."""
+        members: Members = list(self._modules.items())
+        steps = []
+        at = 0
+        while at < len(members):
+            step = _step(members, at)
+            steps.append(step)
+            at += len(step.names)
+        return steps
+
+    def reasons(self, x: Tensor | None = None) -> list[str]:
+        """Every reason why a call with this input runs its members one by one; empty if none."""
+        reasons = []
+        if x is not None and x.dim() != 2:
+            reasons.append(f"{x.dim()}-D input: a batch norm's channels are its dimension 1")
+        if self.training:
+            reasons.append("the module is in training mode; call .eval()")
+        if read.is_tracing():
+            reasons.append("torch.jit.trace is recording, which cannot record the op")
+        for name, member in self._modules.items():
+            if isinstance(member, nn.Linear | nn.modules.batchnorm._BatchNorm):
+                reasons += read.hook_reasons(member, name)
+            if member.training and isinstance(member, nn.modules.batchnorm._BatchNorm):
+                reasons.append(f"{name} is in training mode")
+            elif isinstance(member, ResilientBatchNorm1d) and member.running_mean is None:
+                reasons.append(f"{name} has no running statistics")
+        return reasons
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Run the members, chains as one."""
+        if self.training or read.is_tracing() or not isinstance(input, Tensor) or input.dim() != 2:
+            return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
+        x = input
+        for step in self.steps():
+            x = _run(step, x)
+        return x
+
+
+def _plain(module: nn.Module | None) -> bool:
+    """Whether nothing but its own forward would run for it."""
+    return (
+        module is not None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and "forward" not in module.__dict__
+    )
+
+
+def _norm(module: nn.Module | None) -> ResilientBatchNorm1d | None:
+    if (
+        type(module) is ResilientBatchNorm1d
+        and not module.training
+        and module.running_mean is not None
+        and _plain(module)
+    ):
+        return module
+    return None
+
+
+def _step(members: Members, first: int) -> Step:
+    """The longest chain that starts at a member."""
+
+    def member(i: int) -> nn.Module | None:
+        return members[i][1] if i < len(members) else None
+
+    def is_linear(module: nn.Module | None) -> bool:
+        return type(module) in (nn.Linear, Linear) and _plain(module) and not module.training  # type: ignore[union-attr]
+
+    at = first
+    input_norm = _norm(member(at))
+    if input_norm is not None and type(member(at + 1)) is Linear and is_linear(member(at + 1)):
+        at += 1
+    elif input_norm is not None:
+        activation = _activation(member(at + 1))
+        end = at + (1 if activation is None else 2)
+        return Step(_names(members, first, end), "norm", None, None, input_norm, activation)
+    linear = member(at)
+    if not is_linear(linear):
+        return Step(_names(members, first, first + 1), "module", linear=member(first))
+    at += 1
+    output_norm = _norm(member(at))
+    if type(linear) is nn.Linear and output_norm is None:
+        return Step(_names(members, first, first + 1), "module", linear=linear)
+    at += output_norm is not None
+    activation = _activation(member(at))
+    at += activation is not None
+    kind = "bf16" if type(linear) is Linear else "torch"
+    return Step(_names(members, first, at), kind, input_norm, linear, output_norm, activation)
+
+
+def _names(members: Members, first: int, end: int) -> tuple[str, ...]:
+    return tuple(name for name, _ in members[first:end])
+
+
+def _activation(module: nn.Module | None) -> nn.Module | None:
+    known = isinstance(module, nn.Module) and read.activation_name(module) is not None
+    return module if known and _plain(module) else None
+
+
+def channel_norm(norm: ResilientBatchNorm1d) -> ChannelNorm:
+    """A module's statistics and numbers."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    return ChannelNorm(mean, var, norm.weight, norm.bias, norm.eps, norm.min_var, norm.max_abs)
+
+
+def _norm_arguments(norm: ResilientBatchNorm1d | None) -> tuple[list[Tensor | None], list[float]]:
+    if norm is None:
+        return _NO_NORM, []
+    tensors = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    return tensors, [norm.eps, norm.min_var, norm.max_abs]
+
+
+def _run(step: Step, x: Tensor) -> Tensor:
+    linear: Any = step.linear
+    if step.kind == "module":
+        return linear(x)  # type: ignore[no-any-return]
+    activation = ("none", 0.01)
+    if step.activation is not None:
+        activation = read.activation_name(step.activation) or activation
+    behind, numbers = _norm_arguments(step.output_norm)
+    if step.kind == "norm":
+        norm: Any = step.output_norm
+        return ops.apply_resilient_batch_norm(x, *behind, *numbers, *activation, norm.backend)
+    before, before_numbers = _norm_arguments(step.input_norm)
+    weights = [linear.weight, linear.bias, *before, *behind]
+    if step.kind == "bf16":
+        return ops.apply_linear(x, weights, before_numbers, numbers, *activation, linear.backend)
+    return _torch_product(x, weights, numbers, activation, step)
+
+
+def _torch_product(
+    x: Tensor,
+    weights: list[Tensor | None],
+    numbers: list[float],
+    activation: tuple[str, float],
+    step: Step,
+) -> Tensor:
+    """Torch's product, with the norm folded into its weights, once as long as they stay, if legal.
+
+    Under a tracer or with gradients to record nothing is kept between calls: there the norm runs.
+    """
+    linear, norm = step.linear, step.output_norm
+    assert linear is not None
+    assert norm is not None
+    if nobody_listens(x):
+        folded = lookup(LAYOUT, weights).derived(("fold", *numbers), _fold, norm, weights)
+        if isinstance(folded, tuple):
+            return activate("linear", F.linear(x, *folded), *activation)
+    y: Tensor = linear(x)
+    return ops.apply_resilient_batch_norm(
+        y, *weights[OUTPUT_NORM], *numbers, *activation, norm.backend
+    )
+
+
+def _fold(
+    norm: ResilientBatchNorm1d, weights: list[Tensor | None]
+) -> tuple[Tensor, Tensor] | list[str]:
+    """The folded weight and bias, or why there are none."""
+    weight, bias = weights[:2]
+    assert weight is not None
+    reasons = fold_reasons(channel_norm(norm))
+    return reasons or fold_norm(
+        weight.detach(), None if bias is None else bias.detach(), channel_norm(norm)
+    )

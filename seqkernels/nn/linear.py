@@ -1,0 +1,114 @@
+"""Drop-in ``Linear`` that multiplies in bf16."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from seqkernels import backends, ops
+from seqkernels.nn import read
+from seqkernels.nn.transformer_encoder import shallow_clone
+
+_NO_NORMS: list[Tensor | None] = [None] * 8
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` with bf16 operands and fp32 sums in evaluation.
+
+    ::
+
+        y = x W^T + b
+
+    Parameters
+    ----------
+    in_features, out_features, bias, device, dtype
+        As in ``torch.nn.Linear``.
+    backend : str
+        ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Notes
+    -----
+    In evaluation the op ``torch.ops.seqkernels.linear`` runs: ``x`` and the weights are rounded to
+    bf16 where the processor multiplies it (the weights everywhere), sums and bias are fp32, and
+    the result has the dtype of ``x``. In training, or with gradients to record, it is torch's.
+    The weights stay what they are; a packed copy follows their changes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For inputs of the wrong shape or kind.
+
+    Examples
+    --------
+    >>> import torch, seqkernels
+    >>> layer = seqkernels.nn.Linear(64, 32).eval()
+    >>> with torch.inference_mode():
+    ...     layer(torch.randn(5, 64)).shape
+    torch.Size([5, 32])
+    """
+
+    backend: str
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if value < 1:
+                raise ValueError(f"Linear: {name}: expected at least 1, got {value}")
+        backends.check_name(backend, "Linear: backend")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.backend = backend
+
+    @classmethod
+    def from_torch(cls, module: nn.Linear, *, backend: str = "auto") -> Self:
+        """Make one that shares the parameters of torch's, which is left as it is."""
+        if type(module) not in (nn.Linear, Linear):
+            raise TypeError(
+                f"Linear.from_torch: module: expected a torch.nn.Linear, "
+                f"got {type(module).__name__}"
+            )
+        return cls._adopt(shallow_clone(module), backend)
+
+    @classmethod
+    def _adopt(cls, module: nn.Module, backend: str) -> Self:
+        """Turn this instance of torch's class into one of this class."""
+        backends.check_name(backend, "Linear: backend")
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.backend = backend
+        return module
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as in torch.nn; when training begins the packed weights are dropped."""
+        if mode and not self.training:
+            backends.forget([self.weight, self.bias, *_NO_NORMS])
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Show the options torch's class does not have."""
+        return f"{super().extra_repr()}, backend={self.backend!r}"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Multiply [..., in_features] to [..., out_features]."""
+        if self.training or read.is_tracing():
+            reasons = self.fallback_reasons()
+            # Training with gradients is what the definition is for, not a fallback.
+            if not (self.training and torch.is_grad_enabled()):
+                backends.report_fallback("linear", self.backend, reasons)
+            return super().forward(input)
+        return ops.apply_linear(
+            input, [self.weight, self.bias, *_NO_NORMS], [], [], "none", 0.01, self.backend
+        )
+
+    def fallback_reasons(self) -> list[str]:
+        """Every reason why a call runs the definition; empty if none."""
+        return read.mode_reasons(self)

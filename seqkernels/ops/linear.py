@@ -1,0 +1,173 @@
+"""``torch.ops.seqkernels.linear``: a linear layer, the norms around it and an activation.
+
+::
+
+    y = act(norm_out(norm_in(x) W^T + b))
+
+in bf16 where the processor multiplies it, with fp32 sums. The op checks its arguments once, chooses
+a backend and lets it write the output. With gradients to record it is the differentiable reference
+definition instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqkernels import backends
+from seqkernels.backends import reference as reference_backend
+from seqkernels.backends.call import LinearCall, LinearOptions
+from seqkernels.backends.linear_weights import LAYOUT, LinearShape, read_shape
+from seqkernels.backends.weights import lookup
+from seqkernels.ops.library import LIBRARY, NAMESPACE, is_exporting, nobody_listens
+from seqkernels.ops.resilient_batch_norm import check_bounds
+from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
+
+_OP = "linear"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NEEDS_GRADIENT = (
+    "gradients are to be recorded (grad mode is on and x or a parameter requires grad); "
+    "call it under torch.inference_mode() or torch.no_grad()"
+)
+
+# weights: weight, bias, then mean, var, weight, bias of the norm in front and of the one behind
+# (None where there is none); input_norm, output_norm: eps, min_var, max_abs, or nothing.
+LIBRARY.define(
+    "linear(Tensor x, Tensor?[] weights, float[] input_norm, float[] output_norm, "
+    "str activation, float negative_slope, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check_options(
+    shape: LinearShape,
+    input_norm: tuple[float, ...],
+    output_norm: tuple[float, ...],
+    activation: str,
+    negative_slope: float,
+) -> LinearOptions:
+    """Check everything that is no tensor."""
+    for name, numbers, there in (
+        ("input_norm", input_norm, shape.has_input_norm),
+        ("output_norm", output_norm, shape.has_output_norm),
+    ):
+        if len(numbers) != (3 if there else 0):
+            expected = "(eps, min_var, max_abs)" if there else "nothing, as its tensors are None"
+            raise ValueError(f"{_OP}: {name}: expected {expected}, got {numbers}")
+        if there:
+            check_bounds(f"{_OP}: {name}", *numbers)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{_OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    return LinearOptions(input_norm, output_norm, activation, negative_slope)
+
+
+# A model brings the same ones on every call.
+_checked_options = lru_cache(maxsize=1024)(_check_options)
+
+
+def _check_x(x: Tensor, shape: LinearShape) -> None:
+    if x.dim() == 0 or x.shape[-1] != shape.in_features:
+        raise ValueError(
+            f"{_OP}: x: expected last dimension {shape.in_features} (in_features), "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{_OP}: x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.device != shape.device:
+        raise ValueError(f"{_OP}: x: expected device {shape.device} of weights, got {x.device}")
+
+
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    input_norm: Sequence[float],
+    output_norm: Sequence[float],
+    activation: str,
+    negative_slope: float,
+    backend: str,
+) -> Tensor:
+    weight_set = lookup(LAYOUT, weights)
+    shape: LinearShape = weight_set.shape
+    options = _checked_options(
+        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope
+    )
+    _check_x(x, shape)
+    choice, label = backends.choose(_OP, backend, shape.device.type, x.dtype)
+    out = x.new_empty((*x.shape[:-1], shape.out_features))
+    if not out.numel():
+        return out
+    rows = x if x.dim() == 2 else x.reshape(-1, shape.in_features)  # [N, K]
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    call = LinearCall(rows, weights, weight_set, options, out.view(-1, shape.out_features))
+    choice.backend.linear(call, choice.variant)
+    backends.calls[label] += 1
+    return out
+
+
+def _fake(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    input_norm: Sequence[float],
+    output_norm: Sequence[float],
+    activation: str,
+    negative_slope: float,
+    backend: str,
+) -> Tensor:
+    """The checks of `_run`, and an empty output like its."""
+    shape = read_shape(weights)
+    _check_options(shape, tuple(input_norm), tuple(output_norm), activation, negative_slope)
+    _check_x(x, shape)
+    backends.check_name(backend, f"{_OP}: backend")
+    return x.new_empty((*x.shape[:-1], shape.out_features))
+
+
+def _autograd(x: Tensor, weights: Sequence[Tensor | None], *options: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        return _differentiable(x, weights, *options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear(x, weights, *options)
+
+
+def _differentiable(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    input_norm: Sequence[float],
+    output_norm: Sequence[float],
+    activation: str,
+    negative_slope: float,
+    backend: str,
+) -> Tensor:
+    """The reference definition, checked like `_run`."""
+    shape = read_shape(weights)
+    options = _check_options(
+        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope
+    )
+    _check_x(x, shape)
+    backends.check_name(backend, f"{_OP}: backend")
+    backends.forget(weights)  # a step of an optimizer may follow, and fused ones are not counted
+    if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
+        backends.report_fallback(_OP, backend, [_NEEDS_GRADIENT])
+    result = reference_backend.linear(x, weights, options)
+    if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        backends.calls["reference"] += 1
+    return result.contiguous()
+
+
+LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
+LIBRARY.impl(_OP, _autograd, "Autograd")
+torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
+
+#: The op itself, with its arguments in the order of its schema.
+linear: Callable[..., Tensor] = torch.ops.seqkernels.linear.default
+
+
+def apply_linear(x: Tensor, *arguments: Any) -> Tensor:
+    """The op, called without torch's dispatcher where nobody would notice."""
+    return _run(x, *arguments) if nobody_listens(x) else linear(x, *arguments)
