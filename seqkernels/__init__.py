@@ -14,9 +14,10 @@ except ModuleNotFoundError as error:
         "(https://pytorch.org/get-started/locally lists the builds)"
     ) from None
 
-from seqkernels import backends, nn, ops, reference, settings
+from seqkernels import backends, models, nn, ops, reference, settings
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.explain import Explained, Explanation, explain, warmup
+from seqkernels.precision import PrecisionDecision, PrecisionPolicy
 from seqkernels.swap import SwapReport, swap
 
 try:
@@ -28,10 +29,13 @@ __all__ = [
     "BackendUnavailableError",
     "Explained",
     "Explanation",
+    "PrecisionDecision",
+    "PrecisionPolicy",
     "SwapReport",
     "__version__",
     "backends",
     "explain",
+    "models",
     "nn",
     "ops",
     "reference",

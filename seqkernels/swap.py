@@ -1,16 +1,28 @@
-"""Replace the Transformer encoders of a model, in place and reversibly."""
+"""Replace what a model has and this package does faster, in place and reversibly."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from seqkernels import backends
 from seqkernels.errors import BackendUnavailableError
-from seqkernels.nn import TransformerEncoder, TransformerEncoderLayer, read
+from seqkernels.nn import (
+    FusedSequential,
+    Linear,
+    ResilientBatchNorm1d,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    UserSequenceEncoder,
+    read,
+)
 from seqkernels.nn.transformer_encoder import LAYER_TYPES
+from seqkernels.ops.resilient_batch_norm import check_bounds
+from seqkernels.precision import Policy, PrecisionPolicy
 from seqkernels.tables import as_text
 
 _PRECISIONS = ("bf16",)
@@ -18,27 +30,58 @@ _REFUSED = {
     "fp16": "its largest finite number is 65504, which attention scores and sums of products of "
     "trained models exceed; bf16 has the range of float32",
 }
-_OURS = (TransformerEncoder, TransformerEncoderLayer)
+_ENCODERS = (TransformerEncoder, TransformerEncoderLayer)
 _STOCK = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+#: The classes that `swap` gives to modules, and the attributes that come with each.
+_ADDED: dict[type[nn.Module], tuple[str, ...]] = {
+    TransformerEncoder: ("padded_output", "backend", "_alignment_checks"),
+    TransformerEncoderLayer: ("padded_output", "backend"),
+    ResilientBatchNorm1d: ("min_var", "max_abs", "backend"),
+    Linear: ("backend",),
+    FusedSequential: (),
+}
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """One module that was replaced."""
+    """One module that was replaced.
 
-    name: str  # as in named_modules(); "" is the model itself
+    Attributes
+    ----------
+    name, also : str, tuple of str
+        As in ``named_modules()``; ``""`` is the model itself. Further names of the same module.
+    type : str
+        What it was.
+    outcome : str
+        What it is now, and why.
+    padded_output : str or None
+        Of an encoder.
+    """
+
+    name: str
     type: str
-    padded_output: str
-    also: tuple[str, ...] = ()  # further names of the same module
+    outcome: str
+    padded_output: str | None = None
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One encoder that was left as it is, and why."""
+    """One module that was left as it is, and why.
+
+    Attributes
+    ----------
+    name, type : str
+    reasons : tuple of str
+    optional : bool
+        Whether ``strict`` does not insist on it: a linear layer.
+    """
 
     name: str
     type: str
     reasons: tuple[str, ...]
+    optional: bool = False
 
 
 @dataclass
@@ -48,9 +91,9 @@ class SwapReport:
     Attributes
     ----------
     replaced : list of Replaced
-        Name, type and padded output of each module replaced.
+        Each module that was replaced.
     skipped : list of Skipped
-        Name, type and reasons of each encoder left as it is.
+        Each module of a kind that `swap` knows that was left as it is, with the reasons.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -65,19 +108,17 @@ class SwapReport:
         """
         while self._modules:
             module, stock = self._modules.pop()
-            if type(module) in _OURS:
+            added = _ADDED.get(type(module))
+            if added is not None:
                 module.__class__ = stock
-                for name in ("padded_output", "backend", "_alignment_checks"):
+                for name in added:
                     module.__dict__.pop(name, None)
 
     def __str__(self) -> str:
-        rows = [
-            (_shown(r.name, r.also), r.type, f"replaced, padded_output={r.padded_output!r}")
-            for r in self.replaced
-        ]
+        rows = [(_shown(r.name, r.also), r.type, r.outcome) for r in self.replaced]
         rows += [(_shown(s.name), s.type, "left: " + "\n".join(s.reasons)) for s in self.skipped]
         if not rows:
-            return "seqkernels.swap: no Transformer encoder of torch.nn was found"
+            return "seqkernels.swap: nothing that it knows was found"
         return as_text("seqkernels.swap", ("module", "type", "outcome"), rows)
 
 
@@ -92,13 +133,27 @@ def swap(
     backend: str = "auto",
     strict: bool = False,
     padded_output: str | None = None,
+    resilient: bool = False,
+    min_var: float | None = None,
+    max_abs: float | None = None,
+    precision_policy: Policy | None = None,
 ) -> SwapReport:
-    """Let the Transformer encoders of a model run as fused kernels, in place.
+    """Let the parts of a model that this package knows run as its kernels, in place.
 
-    Every ``torch.nn.TransformerEncoder``, and every ``torch.nn.TransformerEncoderLayer`` outside
-    of one, becomes this package's module of the same name. The object stays the same: its class
-    changes, for this instance alone, so that the model itself may be such an encoder, shared
-    modules stay shared, and hooks on the module, parameters and the training flag are untouched.
+    ============================  =================================================================
+    torch.nn                      becomes
+    ============================  =================================================================
+    ``TransformerEncoder``        this package's module of the same name: one kernel, all layers
+    ``TransformerEncoderLayer``   the same, outside of an encoder
+    ``BatchNorm1d``               `ResilientBatchNorm1d`: exact, or bounded if asked for
+    ``Linear``                    `Linear` in bf16, where the precision policy says so
+    ``Sequential``                `FusedSequential`, if it has a chain with a batch norm or an
+                                  activation to fuse
+    ============================  =================================================================
+
+    The object stays the same: its class changes, for this instance alone, so that the model itself
+    may be replaced, shared modules stay shared, and hooks on the module, parameters and the
+    training flag are untouched.
 
     Parameters
     ----------
@@ -110,13 +165,21 @@ def swap(
     backend : str
         ``"auto"``, ``"cpu"`` or ``"reference"``, for the replaced modules.
     strict : bool
-        Whether it is an error if an encoder cannot be replaced; nothing is replaced then.
+        Whether it is an error if an encoder or a batch norm cannot be replaced; nothing is
+        replaced then.
     padded_output : str, optional
-        What padded positions return, for all replaced modules: ``"zero"`` or ``"compute"``.
+        What padded positions return, for all replaced encoders: ``"zero"`` or ``"compute"``.
         Default: for each module what it returns now in eval mode under ``inference_mode``: zeros
         from a ``TransformerEncoder`` set to take its nested-tensor path, else computed values.
         (Torch leaves that path for a batch with padding before valid positions; models that pad
         so want ``"compute"``. A log line tells if such a batch comes.)
+    resilient : bool
+        Whether batch norms get the default bounds of `ResilientBatchNorm1d`. By default they stay
+        exact: ``swap`` preserves the function the model computes.
+    min_var, max_abs : float, optional
+        Bounds of the batch norms, instead of the default ones; either turns ``resilient`` on.
+    precision_policy : callable, optional
+        Decides for each linear layer; see `PrecisionPolicy`, the default.
 
     Returns
     -------
@@ -125,18 +188,19 @@ def swap(
 
     Notes
     -----
-    Left alone, with the reasons: subclasses; modules with hooks, parametrizations, patched
+    Left alone, with the reasons: subclasses; encoders with hooks, parametrizations, patched
     forwards or tensor subclasses inside, which a fused kernel would pass over; encoders whose
     layers differ; options the kernel does not know; and, with ``backend="auto"``, everything no
-    fused kernel can run here (dtype, device, processor), since the plain definition would be no
-    gain. A model swapped twice stays as it was after the first time.
+    kernel can run here (dtype, device, processor), since the plain definition would be no gain.
+    What lies within an encoder belongs to it. A model swapped twice stays as it was after the first
+    time.
 
     Raises
     ------
     ValueError
-        For an unknown precision, backend or padded output.
+        For an unknown precision, backend or padded output, or a bound that is none.
     BackendUnavailableError
-        If a backend is named that cannot run, or with ``strict`` if an encoder is left alone.
+        If a backend is named that cannot run, or with ``strict`` if a module is left alone.
 
     Examples
     --------
@@ -146,6 +210,8 @@ def swap(
     >>> report = seqkernels.swap(model.eval(), backend="reference")
     >>> [(r.name, r.padded_output) for r in report.replaced]
     [('0', 'zero')]
+    >>> [(s.name, s.reasons) for s in report.skipped]
+    [('1', ('small: 32 weights, from 16384 on it pays',))]
     >>> report.restore()
     """
     if precision in _REFUSED:
@@ -161,71 +227,123 @@ def swap(
         raise ValueError(
             f"swap: padded_output: expected None, 'zero' or 'compute', got {padded_output!r}"
         )
+    bounds = _bounds(resilient, min_var, max_abs)
+    policy = PrecisionPolicy() if precision_policy is None else precision_policy
 
     report = SwapReport()
-    found: list[tuple[nn.Module, str, tuple[str, ...]]] = []
-    for module, name, also in _outermost_encoders(model):
-        reasons = swap_reasons(module, backend)
-        if reasons:
-            report.skipped.append(Skipped(name, _type_name(module), tuple(reasons)))
-        else:
-            found.append((module, name, also))
-    if strict and report.skipped:
-        every = [f"{_shown(s.name)}: {r}" for s in report.skipped for r in s.reasons]
+    encoders, within = _encoders(model)
+    others = _others(model, within)
+    found = _sort_out(encoders + others, backend, report)
+    every = [f"{_shown(s.name)}: {r}" for s in report.skipped if not s.optional for r in s.reasons]
+    if strict and every:
         listed = "".join(f"\n  - {reason}" for reason in every)
         raise BackendUnavailableError(
-            f"swap: strict, and encoders cannot be replaced:{listed}", every
+            f"swap: strict, and modules cannot be replaced:{listed}", every
         )
-    for module, name, also in found:
-        replaced_type = _type_name(module)
-        _replace(module, backend, padded_output, report)
-        report.replaced.append(Replaced(name, replaced_type, str(module.padded_output), also))
+    for module, names in found:
+        if isinstance(module, _STOCK):
+            _replace_encoder(module, names, backend, padded_output, report)
+        elif isinstance(module, nn.BatchNorm1d):
+            _replace_norm(module, names, backend, bounds, report)
+        elif isinstance(module, nn.Linear):
+            _replace_linear(module, names, backend, policy, report)
+    # Last: what a chain can be depends on its members' classes.
+    for module, names in found:
+        if isinstance(module, nn.Sequential):
+            _replace_sequential(module, names, report)
     return report
+
+
+def _bounds(resilient: bool, min_var: float | None, max_abs: float | None) -> tuple[float, float]:
+    """Bounds of the batch norms: none unless asked for."""
+    if not resilient and min_var is None and max_abs is None:
+        return 0.0, math.inf
+    defaults = ResilientBatchNorm1d.__init__.__kwdefaults__ or {}
+    low = defaults["min_var"] if min_var is None else min_var
+    high = defaults["max_abs"] if max_abs is None else max_abs
+    check_bounds("swap", 0.0, low, high)
+    return low, high
+
+
+_Names = tuple[str, ...]  # all names of one module
+_Found = list[tuple[nn.Module, _Names]]
 
 
 def _type_name(module: nn.Module) -> str:
     kind = type(module)
-    where = "torch.nn" if kind in _STOCK else kind.__module__
+    where = "torch.nn" if kind in _REPLACEABLE else kind.__module__
     return f"{where}.{kind.__qualname__}"
 
 
-def _outermost_encoders(model: nn.Module) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
-    """Each of torch's encoders that lies in no other one, and all its names."""
+def _encoders(model: nn.Module) -> tuple[_Found, set[nn.Module]]:
+    """Torch's encoders that lie in no other one, and all modules inside of any encoder."""
     names: dict[nn.Module, list[str]] = {}
     within: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _STOCK):
+        if isinstance(module, (*_STOCK, UserSequenceEncoder)):
             within.update(m for m in module.modules() if m is not module)
+        if isinstance(module, _STOCK):
             names.setdefault(module, []).append(name)
-    return [
-        (module, all_names[0], tuple(all_names[1:]))
+    found = [
+        (module, tuple(all_names))
         for module, all_names in names.items()
-        if module not in within and type(module) not in _OURS
+        if module not in within and type(module) not in _ENCODERS
     ]
+    return found, within
+
+
+def _others(model: nn.Module, within: set[nn.Module]) -> _Found:
+    """Batch norms, linear layers and sequences outside of encoders that are not ours already."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            continue  # of torch's attention, which reads its weight and does not call it
+        kinds = (nn.BatchNorm1d, nn.Linear, nn.Sequential)
+        if isinstance(module, kinds) and module not in within and type(module) not in _ADDED:
+            names.setdefault(module, []).append(name)
+    return [(module, tuple(all_names)) for module, all_names in names.items()]
+
+
+def _sort_out(modules: _Found, backend: str, report: SwapReport) -> _Found:
+    """The modules that can be replaced; the report gets the others, with their reasons."""
+    found = []
+    for module, names in modules:
+        reasons = swap_reasons(module, backend)
+        if not reasons:
+            found.append((module, names))
+        elif not isinstance(module, nn.Sequential):
+            optional = isinstance(module, nn.Linear)
+            report.skipped.append(Skipped(names[0], _type_name(module), tuple(reasons), optional))
+    return found
 
 
 def swap_reasons(module: nn.Module, backend: str = "auto") -> list[str]:
-    """Every reason why `swap` leaves this encoder alone; empty if it replaces it."""
-    kind = type(module)
-    if kind not in _STOCK:
-        base = next(s for s in _STOCK if isinstance(module, s))
+    """Every reason why `swap` cannot replace this module; empty if it can."""
+    kind: type[nn.Module] = type(module)
+    if kind not in _REPLACEABLE:
+        base = next(s for s in _REPLACEABLE if isinstance(module, s))
         return [f"it is a subclass of torch.nn.{base.__name__}, which may compute something else"]
     reasons = []
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced on the instance")
     if kind is nn.TransformerEncoder:
         reasons += read.encoder_reasons(module, LAYER_TYPES)
-    else:
+    elif kind is nn.TransformerEncoderLayer:
         reasons += read.layer_reasons(module)
-    if reasons:
+    elif kind is nn.BatchNorm1d and module._buffers.get("running_mean") is None:
+        reasons.append("it has no running statistics (track_running_stats=False)")
+    for name, tensor in module.named_parameters(recurse=False):
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            reasons.append(f"{name} is a {type(tensor).__name__}, not a plain tensor")
+    if reasons or kind is nn.Sequential:
         return reasons
-    parameter = next(module.parameters())
-    kinds = {p.dtype for p in module.parameters()}
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    kinds = {t.dtype for t in tensors}
     if len(kinds) > 1:
         reasons.append(
             f"its parameters have different dtypes: {', '.join(sorted(map(str, kinds)))}"
         )
-    return reasons + _backend_reasons(backend, parameter.device.type, parameter.dtype)
+    return reasons + _backend_reasons(backend, tensors[0].device.type, tensors[0].dtype)
 
 
 def _backend_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -236,13 +354,76 @@ def _backend_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
     return [f"{n}: {reason}" for n, reasons in choice.rejected for reason in reasons]
 
 
-def _replace(
-    module: nn.Module, backend: str, padded_output: str | None, report: SwapReport
+def _adopted(module: nn.Module, report: SwapReport) -> None:
+    """Keep what `restore` needs, before a module gets another class."""
+    report._modules.append((module, type(module)))
+
+
+def _replace_encoder(
+    module: nn.Module,
+    names: _Names,
+    backend: str,
+    padded_output: str | None,
+    report: SwapReport,
 ) -> None:
+    was = _type_name(module)
+    _adopted(module, report)
     if isinstance(module, nn.TransformerEncoder):
-        inner = [m for m in module.layers if type(m) is nn.TransformerEncoderLayer]
-        report._modules += [(m, type(m)) for m in (module, *inner)]
+        for layer in module.layers:
+            if type(layer) is nn.TransformerEncoderLayer:
+                _adopted(layer, report)
         TransformerEncoder._adopt(module, padded_output, backend)
     else:
-        report._modules.append((module, type(module)))
         TransformerEncoderLayer._adopt(module, padded_output, backend)
+    padded = str(module.padded_output)
+    report.replaced.append(
+        Replaced(names[0], was, f"replaced, padded_output={padded!r}", padded, names[1:])
+    )
+
+
+def _replace_norm(
+    module: nn.Module,
+    names: _Names,
+    backend: str,
+    bounds: tuple[float, float],
+    report: SwapReport,
+) -> None:
+    was = _type_name(module)
+    _adopted(module, report)
+    ResilientBatchNorm1d._adopt(module, *bounds, backend)
+    exact = bounds == (0.0, math.inf)
+    told = "exact" if exact else f"min_var={bounds[0]:g}, max_abs={bounds[1]:g}"
+    report.replaced.append(Replaced(names[0], was, f"replaced, {told}", None, names[1:]))
+
+
+def _replace_linear(
+    module: nn.Linear, names: _Names, backend: str, policy: Policy, report: SwapReport
+) -> None:
+    was = _type_name(module)
+    decision = policy(names[0], module)
+    if not decision.bf16:
+        report.skipped.append(Skipped(names[0], was, (decision.reason,), True))
+        return
+    _adopted(module, report)
+    Linear._adopt(module, backend)
+    report.replaced.append(Replaced(names[0], was, f"bf16: {decision.reason}", None, names[1:]))
+
+
+def _replace_sequential(module: nn.Sequential, names: _Names, report: SwapReport) -> None:
+    was = _type_name(module)
+    adopted = FusedSequential._adopt(module)
+    fused = [step for step in adopted.steps(any_mode=True) if step.fused]
+    if not fused:
+        adopted.__class__ = nn.Sequential  # type: ignore[assignment]
+        return
+    report._modules.append((module, nn.Sequential))
+    chains = ", ".join(" + ".join(step.names) for step in fused)
+    report.replaced.append(Replaced(names[0], was, f"fused: {chains}", None, names[1:]))
+
+
+_REPLACEABLE: tuple[type[nn.Module], ...] = (
+    *_STOCK,
+    nn.BatchNorm1d,
+    nn.Linear,
+    nn.Sequential,
+)

@@ -91,13 +91,19 @@ class FusedSequential(nn.Sequential):
         assert isinstance(module, cls)
         return module
 
-    def steps(self) -> list[Step]:
-        """How the members are grouped, as they are now, for 2-D input in evaluation."""
+    def steps(self, *, any_mode: bool = False) -> list[Step]:
+        """How the members are grouped for 2-D input, as they are now.
+
+        Parameters
+        ----------
+        any_mode : bool
+            Whether members in training mode count as if they were not.
+        """
         members: Members = list(self._modules.items())
         steps = []
         at = 0
         while at < len(members):
-            step = _step(members, at)
+            step = _step(members, at, any_mode)
             steps.append(step)
             at += len(step.names)
         return steps
@@ -139,10 +145,10 @@ def _plain(module: nn.Module | None) -> bool:
     )
 
 
-def _norm(module: nn.Module | None) -> ResilientBatchNorm1d | None:
+def _norm(module: nn.Module | None, any_mode: bool) -> ResilientBatchNorm1d | None:
     if (
         type(module) is ResilientBatchNorm1d
-        and not module.training
+        and (any_mode or not module.training)
         and module.running_mean is not None
         and _plain(module)
     ):
@@ -150,17 +156,18 @@ def _norm(module: nn.Module | None) -> ResilientBatchNorm1d | None:
     return None
 
 
-def _step(members: Members, first: int) -> Step:
+def _step(members: Members, first: int, any_mode: bool) -> Step:
     """The longest chain that starts at a member."""
 
     def member(i: int) -> nn.Module | None:
         return members[i][1] if i < len(members) else None
 
     def is_linear(module: nn.Module | None) -> bool:
-        return type(module) in (nn.Linear, Linear) and _plain(module) and not module.training  # type: ignore[union-attr]
+        plain = type(module) in (nn.Linear, Linear) and _plain(module)
+        return plain and (any_mode or not module.training)  # type: ignore[union-attr]
 
     at = first
-    input_norm = _norm(member(at))
+    input_norm = _norm(member(at), any_mode)
     if input_norm is not None and type(member(at + 1)) is Linear and is_linear(member(at + 1)):
         at += 1
     elif input_norm is not None:
@@ -171,7 +178,7 @@ def _step(members: Members, first: int) -> Step:
     if not is_linear(linear):
         return Step(_names(members, first, first + 1), "module", linear=member(first))
     at += 1
-    output_norm = _norm(member(at))
+    output_norm = _norm(member(at), any_mode)
     if type(linear) is nn.Linear and output_norm is None:
         return Step(_names(members, first, first + 1), "module", linear=linear)
     at += output_norm is not None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seqkernels import settings
 from seqkernels.backends import EncoderCall, EncoderOptions, lookup
-from seqkernels.backends.encoder_weights import LAYOUT
 from seqkernels.backends.cpu import CpuBackend, native
+from seqkernels.backends.encoder_weights import LAYOUT
 from seqkernels.testing import EncoderCase, EncoderProblem
 from tests.backends.encoder_runs import on_each_isa, run
 

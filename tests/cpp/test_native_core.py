@@ -21,7 +21,7 @@ SANITIZED = "address,undefined"
 THREADS = "thread"
 SHIPPED = ""  # the flags of a release, no sanitizer
 
-#A sanitizer's finding ends the program with a status that is not 0.
+# A sanitizer's finding ends the program with a status that is not 0.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
@@ -69,7 +69,7 @@ def launcher(sanitizer: str) -> list[str]:
         assert done.returncode == 0, done.stdout
     command = [str(build / "encoder_test")]
     if "unexpected memory mapping" in run([*command, "--list"]).stdout:
-#ThreadSanitizer and the system's address randomization do not always go together.
+        # ThreadSanitizer and the system's address randomization do not always go together.
         command = ["setarch", "--addr-no-randomize", *command]
     return command
 
