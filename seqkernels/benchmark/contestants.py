@@ -195,7 +195,8 @@ def packed_weights(problem: EncoderProblem, workload: Workload) -> Any:
     options = backends.EncoderOptions(
         *(problem.options[name] for name in backends.EncoderOptions._fields)
     )
-    return cpu._pack(problem.weights, backends.lookup(ENCODER_WEIGHTS, problem.weights), options, isa)
+    weight_set = backends.lookup(ENCODER_WEIGHTS, problem.weights)
+    return cpu._pack(problem.weights, weight_set, options, isa)
 
 
 class Eager(Contestant):
