@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
         "(https://pytorch.org/get-started/locally lists the builds)"
     ) from None
 
-from seqkernels import backends, models, nn, ops, reference, settings
+from seqkernels import backends, features, models, nn, ops, reference, settings
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.explain import Explained, Explanation, explain, warmup
 from seqkernels.precision import PrecisionDecision, PrecisionPolicy
@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "backends",
     "explain",
+    "features",
     "models",
     "nn",
     "ops",

@@ -1,4 +1,4 @@
-"""Which code runs a model's encoders, why no other does, and how to get it ready."""
+"""Which code runs a model's parts, why no other does, and how to get it ready."""
 
 from __future__ import annotations
 
@@ -14,25 +14,38 @@ from torch import Tensor, nn
 from seqkernels import backends, settings
 from seqkernels.backends import cpu
 from seqkernels.errors import BackendUnavailableError
-from seqkernels.nn import TransformerEncoder, TransformerEncoderLayer, UserSequenceEncoder
+from seqkernels.nn import (
+    FusedSequential,
+    Linear,
+    ResilientBatchNorm1d,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    UserSequenceEncoder,
+)
+from seqkernels.nn.fused_sequential import channel_norm
+from seqkernels.reference.linear import fold_reasons
 from seqkernels.swap import swap_reasons
 from seqkernels.tables import as_text
 
-_OURS = (UserSequenceEncoder, TransformerEncoder, TransformerEncoderLayer)
+_ENCODERS = (UserSequenceEncoder, TransformerEncoder, TransformerEncoderLayer)
+_OURS = (*_ENCODERS, FusedSequential, Linear, ResilientBatchNorm1d)
 _STOCK = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 DEFINITION = "plain PyTorch"
 NOT_SWAPPED = "torch.nn"
 NOT_CALLED = "nothing"
 
+Why = list[tuple[str, tuple[str, ...]]]  # (other code, reasons) for each that does not run
+
 
 @dataclass(frozen=True)
 class Explained:
-    """What runs one encoder.
+    """What runs one module.
 
     Attributes
     ----------
     name, type : str
-        The module, as in ``named_modules()``.
+        The module, as in ``named_modules()``; of a `FusedSequential` each chain for itself, named
+        by its members.
     runs : str
         ``"cpu/<instruction set>"``, ``"reference"``, ``"plain PyTorch"`` (the definition by the
         module's submodules), ``"torch.nn"`` (not swapped) or ``"nothing"``.
@@ -48,13 +61,13 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of `explain`: one entry an encoder; ``str()`` is a table."""
+    """The result of `explain`: one entry a module; ``str()`` is a table."""
 
     entries: tuple[Explained, ...]
 
     def __str__(self) -> str:
         if not self.entries:
-            return "seqkernels.explain: the module has no Transformer encoder"
+            return "seqkernels.explain: nothing that seqkernels knows was found"
         rows: list[tuple[str, str, str, str]] = []
         for e in self.entries:
             first = (e.name or "(the module)", e.runs)
@@ -65,16 +78,18 @@ class Explanation:
 
 
 def explain(module: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Explanation:
-    """Say which backend and instruction set run a model's encoders, and why the others do not.
+    """Say which backend and instruction set run a model's parts, and why the others do not.
+
+    Its parts are Transformer encoders, torch's or this package's, and this package's other modules.
 
     Parameters
     ----------
     module : torch.nn.Module
-        A model, or an encoder.
+        A model, or one of its parts.
     *example_inputs, **example_keywords
         Arguments of one call. The module is run once with them, in eval mode under
-        ``inference_mode``, to see what reaches its encoders (masks, dtypes). Without any, inputs
-        are taken to have the dtype and device of the encoder's parameters, and no mask.
+        ``inference_mode``, to see what reaches its parts (masks, dtypes). Without any, inputs are
+        taken to have the dtype and device of the part's parameters, and no mask.
 
     Returns
     -------
@@ -88,27 +103,30 @@ def explain(module: nn.Module, *example_inputs: Any, **example_keywords: Any) ->
     >>> [entry.runs for entry in seqkernels.explain(layer, torch.randn(5, 1, 32)).entries]
     ['reference']
     """
-    encoders = _outermost(module)
+    parts = _outermost(module)
     calls: dict[nn.Module, dict[str, Any]] = {}
     given = bool(example_inputs or example_keywords)
     if given:
-        with _recording([m for _, m in encoders], calls), evaluating(module):
+        with _recording([m for _, m in parts], calls), evaluating(module):
             module(*example_inputs, **example_keywords)
-    entries = []
-    why_not: list[tuple[str, tuple[str, ...]]]
-    for name, encoder in encoders:
-        kind = type(encoder)
+    entries: list[Explained] = []
+    for name, part in parts:
+        kind = type(part)
         type_name = f"{kind.__module__}.{kind.__qualname__}"
-        if given and encoder not in calls:
-            runs, why_not = NOT_CALLED, [("any", ("these inputs do not reach it",))]
-        elif isinstance(encoder, _OURS):
-            runs, why_not = _explain_ours(encoder, calls.get(encoder, {}))
+        told: list[tuple[str, str, Why]]
+        if given and part not in calls:
+            told = [(name, NOT_CALLED, [("any", ("these inputs do not reach it",))])]
+        elif isinstance(part, FusedSequential):
+            told = _explain_chains(name, part, calls.get(part, {}))
+        elif isinstance(part, Linear | ResilientBatchNorm1d):
+            told = [(name, *_explain_single(part, calls.get(part, {})))]
+        elif isinstance(part, _ENCODERS):
+            told = [(name, *_explain_encoder(part, calls.get(part, {})))]
         else:
-            reasons = swap_reasons(encoder)
-            told = [f"swap leaves it alone: {r}" for r in reasons]
-            runs = NOT_SWAPPED
-            why_not = [("seqkernels", tuple(told) or ("not swapped: seqkernels.swap(model)",))]
-        entries.append(Explained(name, type_name, runs, tuple(why_not)))
+            reasons = tuple(f"swap leaves it alone: {r}" for r in swap_reasons(part))
+            why = reasons or ("not swapped: seqkernels.swap(model)",)
+            told = [(name, NOT_SWAPPED, [("seqkernels", why)])]
+        entries += [Explained(n, type_name, runs, tuple(why_not)) for n, runs, why_not in told]
     return Explanation(tuple(entries))
 
 
@@ -164,15 +182,15 @@ def _outermost(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def _recording(
-    encoders: Sequence[nn.Module], calls: dict[nn.Module, dict[str, Any]]
+    parts: Sequence[nn.Module], calls: dict[nn.Module, dict[str, Any]]
 ) -> Iterator[None]:
-    """Keep the arguments of the first call of each encoder."""
+    """Keep the arguments of the first call of each part."""
 
     def keep(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind(*args, **keywords)
         calls.setdefault(module, dict(bound.arguments))
 
-    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in encoders]
+    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in parts]
     try:
         yield
     finally:
@@ -180,10 +198,50 @@ def _recording(
             handle.remove()
 
 
-def _explain_ours(
+def _explain_chains(
+    name: str, sequence: FusedSequential, call: dict[str, Any]
+) -> list[tuple[str, str, Why]]:
+    """An entry for each chain, and for each member on its own that this package knows."""
+    x = call.get("input")
+    against = sequence.reasons(x if isinstance(x, Tensor) else None)
+    told: list[tuple[str, str, Why]] = []
+    for step in sequence.steps(any_mode=True):
+        norm, linear = step.output_norm, step.linear
+        if step.kind == "module" and not isinstance(linear, Linear | ResilientBatchNorm1d):
+            continue
+        members = f"{name}[{' + '.join(step.names)}]" if name else " + ".join(step.names)
+        if against:
+            told.append((members, "one by one", [("one op", tuple(against))]))
+        elif step.kind == "torch":
+            assert norm is not None
+            assert linear is not None
+            reasons = fold_reasons(channel_norm(norm))
+            folded: Why = [("norm folded into the weights", tuple(reasons))] if reasons else []
+            runs = "torch.nn.functional.linear" + ("" if reasons else ", the norm in its weights")
+            told.append((members, runs, folded))
+        else:
+            part = linear if step.kind == "bf16" else norm or linear
+            assert isinstance(part, Linear | ResilientBatchNorm1d)
+            told.append((members, *_explain_single(part, call)))
+    return told
+
+
+def _explain_single(part: Linear | ResilientBatchNorm1d, call: dict[str, Any]) -> tuple[str, Why]:
+    """A module that is one op."""
+    tensor = part.weight if isinstance(part, Linear) else part.running_mean
+    x = call.get("input")
+    if not isinstance(x, Tensor):
+        x = tensor
+    device, dtype = ("cpu", torch.float32) if x is None else (x.device.type, x.dtype)
+    label, others = _explain_backend(part.backend, device, dtype)
+    reasons = part.fallback_reasons()
+    return (DEFINITION, [("kernel", tuple(reasons)), *others]) if reasons else (label, others)
+
+
+def _explain_encoder(
     encoder: UserSequenceEncoder | TransformerEncoder | TransformerEncoderLayer,
     call: dict[str, Any],
-) -> tuple[str, list[tuple[str, tuple[str, ...]]]]:
+) -> tuple[str, Why]:
     parameter = next(encoder.parameters())
     x = call.get("events", call.get("src"))
     if not isinstance(x, Tensor):
@@ -205,15 +263,13 @@ def _explain_ours(
     return label, others
 
 
-def _explain_backend(
-    name: str, device: str, dtype: torch.dtype
-) -> tuple[str, list[tuple[str, tuple[str, ...]]]]:
+def _explain_backend(name: str, device: str, dtype: torch.dtype) -> tuple[str, Why]:
     asked = settings.current.backend if name == "auto" else name
     try:
         choice = backends.resolve("explain", name, device, dtype)
     except BackendUnavailableError as error:
         return f"an error: backend {asked!r} cannot run", [(asked, error.reasons)]
-    others: list[tuple[str, tuple[str, ...]]] = list(choice.rejected)
+    others: Why = list(choice.rejected)
     if choice.backend.name == "cpu":
         others += [(f"cpu/{s.name}", s.reasons) for s in cpu.isa_table() if not s.chosen]
         others.append(("reference", ("a faster backend runs",)))

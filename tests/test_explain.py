@@ -128,7 +128,7 @@ def test_a_whole_model() -> None:
 def test_without_encoders() -> None:
     explanation = seqkernels.explain(nn.Linear(2, 2))
     assert explanation.entries == ()
-    assert str(explanation) == "seqkernels.explain: the module has no Transformer encoder"
+    assert str(explanation) == "seqkernels.explain: nothing that seqkernels knows was found"
 
 
 @native

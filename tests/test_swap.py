@@ -58,7 +58,7 @@ class Ranker(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         x: Tensor = self.encoder(self.embed(items), src_key_padding_mask=items == 0)
-        return self.head(self.extra(x).amax(1)).squeeze(-1)  # type: ignore[no-any-return]
+        return self.head(self.extra(x).amax(1)).squeeze(-1)
 
 
 ITEMS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]])
@@ -271,7 +271,7 @@ def test_padding_is_what_the_module_returned(nested: bool) -> None:
 
     def call(model: nn.Module, dtype: torch.dtype) -> Tensor:
         x = random(2, 5, D, dtype=dtype)
-        return model(x, src_key_padding_mask=ignored)  # type: ignore[no-any-return]
+        return model(x, src_key_padding_mask=ignored)
 
     assert_same_function(build, call, seqkernels.swap)
     model = build().eval()
@@ -342,7 +342,7 @@ def pruned() -> nn.Module:
 
 
 def quantized() -> nn.Module:
-    return torch.ao.quantization.quantize_dynamic(layer(), {nn.Linear})  # type: ignore[no-any-return]
+    return torch.ao.quantization.quantize_dynamic(layer(), {nn.Linear})
 
 
 class TaggedTensor(Tensor):
@@ -484,7 +484,7 @@ def test_encoder_and_decoder_of_a_transformer() -> None:
 
     def call(model: nn.Module, dtype: torch.dtype) -> Tensor:
         source, target = random(2, 5, D, dtype=dtype), random(2, 3, D, dtype=dtype)
-        return model(source, target)  # type: ignore[no-any-return]
+        return model(source, target)
 
     def change(model: nn.Module) -> None:
         report = seqkernels.swap(model)
@@ -505,3 +505,130 @@ def test_a_swapped_model_compiles_and_exports() -> None:
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
     program = torch.export.export(model, (ITEMS,), dynamic_shapes=shapes)
     torch.testing.assert_close(score(program.module()), expected)
+
+
+class Mlp(nn.Module):
+    """Norm in front, two chains, a head, and one norm that stands alone."""
+
+    def __init__(self, width: int = 160) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.alone = nn.BatchNorm1d(width)
+        self.chain = nn.Sequential(
+            nn.Linear(width, 128),
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(128, 8),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(8, 1)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+                nn.init.normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.chain(self.alone(x)))
+
+
+ALL_BF16 = seqkernels.PrecisionPolicy(bf16=("chain.0",))
+
+
+def test_norms_linear_layers_and_chains() -> None:
+    def change(model: nn.Module) -> None:
+        report = seqkernels.swap(model, precision_policy=ALL_BF16)
+        assert [(r.name, r.outcome.partition(":")[0]) for r in report.replaced] == [
+            ("alone", "replaced, exact"),
+            ("chain.0", "bf16"),
+            ("chain.1", "replaced, exact"),
+            ("chain.5", "replaced, exact"),
+            ("chain", "fused"),
+        ]
+        assert [s.name for s in report.skipped] == ["chain.4", "head"]
+        assert "fused: 0 + 1 + 2, 4 + 5 + 6" in str(report)
+
+    assert_same_function(Mlp, lambda m, dtype: m(random(64, 160, dtype=dtype)), change)
+    model = Mlp().eval()
+    before, state = types(model), copy.deepcopy(model.state_dict())
+    report = seqkernels.swap(model, precision_policy=ALL_BF16)
+    assert list(model.state_dict()) == list(state)
+    report.restore()
+    assert types(model) == before
+    assert "min_var" not in model.alone.__dict__
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_batch_norm_stays_exact_unless_bounds_are_asked_for() -> None:
+    def built() -> Mlp:
+        model = Mlp().eval()
+        model.alone.running_var[0] = 0.0
+        return model
+
+    x = random(5, 160, dtype=torch.float32)
+    x[:, 0] = 1e3
+    with torch.inference_mode():
+        stock = built().alone(x)
+        exact = built()
+        seqkernels.swap(exact)
+        torch.testing.assert_close(exact.alone(x), stock)
+        for options, limit in (
+            ({"resilient": True}, 10.0),
+            ({"max_abs": 3.0}, 3.0),
+            ({"min_var": 1.0}, 10.0),
+        ):
+            bounded = built()
+            report = seqkernels.swap(bounded, **options)
+            assert bounded.alone.max_abs == limit
+            assert f"max_abs={limit:g}" in str(report)
+            norm = bounded.alone
+            assert (norm(x).abs() <= limit * norm.weight.abs() + norm.bias.abs()).all()
+    with pytest.raises(ValueError, match="swap: max_abs: expected a number > 0 or inf, got -1"):
+        seqkernels.swap(built(), max_abs=-1.0)
+
+
+def test_norms_and_linear_layers_that_are_left() -> None:
+    class Odd(nn.BatchNorm1d):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "odd": Odd(4),
+            "untracked": nn.BatchNorm1d(4, track_running_stats=False),
+            "fp64": nn.BatchNorm1d(4).double(),
+            "attention": nn.MultiheadAttention(4, 2),
+            "weighted": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        }
+    )
+    with settings.override(backend="auto"):
+        report = seqkernels.swap(model)
+    assert not report.replaced
+    reasons = {s.name: " ".join(s.reasons) for s in report.skipped}
+    assert set(reasons) == {"odd", "untracked", "fp64", "weighted"}
+    assert "a subclass of torch.nn.BatchNorm1d" in reasons["odd"]
+    assert "no running statistics" in reasons["untracked"]
+    assert "a subclass of torch.nn.Linear" in reasons["weighted"]
+    with settings.override(backend="auto"), pytest.raises(BackendUnavailableError, match="odd: it"):
+        seqkernels.swap(model, strict=True)
+
+
+def test_a_swapped_mlp_trains_on() -> None:
+    """Back in training mode everything is torch's, and the next evaluation sees the new weights."""
+    model, stock = Mlp(), Mlp()
+    model.load_state_dict(stock.state_dict())
+    for dropout in (model.chain[3], stock.chain[3]):
+        dropout.p = 0.0
+    seqkernels.swap(model, precision_policy=ALL_BF16)
+    x = random(32, 160, dtype=torch.float32)
+    for m in (model, stock):
+        m.train()
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    for name, tensor in stock.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
