@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from seqkernels.benchmark.workloads import PEERS
 
 from bench.registry import REGISTRY, SHAPES, shrunk
 from bench.verdicts import judge
 from seqkernels.benchmark import CONTESTANTS, compare
-from seqkernels.benchmark.workloads import PEERS
 from tests.bench.planted import Faulty
 
 BY_ID = {entry.workload.id: entry for entry in REGISTRY}

@@ -287,7 +287,7 @@ class Grid {
     c.latest_last = level(10) != 0;
     c.pool = level(11) != 0;
     c.norm_first = level(12) != 0;
-    c.activation = static_cast<Activation>(level(13));
+    c.activation = static_cast<Activation>(1 + level(13));
     c.final_norm = level(14) != 0;
     c.parameters = static_cast<Parameters>(level(15));
     c.batch = 1 + 2 * level(16);
