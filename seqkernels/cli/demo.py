@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import sys
@@ -21,12 +20,13 @@ from sklearn.metrics import roc_auc_score
 import seqkernels
 from seqkernels.benchmark.machine import machine_info
 from seqkernels.demo import measure, show
-from seqkernels.demo.data import LIKED, TERMS, DataError, Ratings, download, load
+from seqkernels.demo.data import LIKED, LOVED, TERMS, DataError, Ratings, download, load
 from seqkernels.demo.examples import LENGTH, Examples, Split, prepare
 from seqkernels.demo.measure import Variant
-from seqkernels.demo.model import Ranker
+from seqkernels.demo.model import ranker
 from seqkernels.demo.results import figures, summary
 from seqkernels.demo.training import Training, train
+from seqkernels.models import EngagementRanker, stock_twin
 
 _OUTPUT = Path("demo-output")
 _TEST_SECONDS = 30.0  # of timed passes over the test set
@@ -82,16 +82,17 @@ def _demo(arguments: argparse.Namespace, console: Console) -> None:
         f"{len(ratings):,} ratings by {ratings.num_users:,} users of {ratings.num_items:,} items, "
         f"split by time: {len(split.train):,} to train, {len(split.validation):,} to validate, "
         f"{len(split.test):,} to test. An example is a user's up to {LENGTH} earlier ratings and a "
-        f"candidate item; its label, whether the rating was {LIKED:g} or more.\n"
+        f"candidate item; its labels, whether the rating was {LIKED:g} or more (shown below) and "
+        f"whether it was {LOVED:g}.\n"
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
-        model = Ranker(examples.num_actions, examples.num_items)
+        model = ranker(examples)
     training = _train(model, examples, split, arguments, console)
 
-    # The swap works in place, so what it is compared with are copies from before: the model as it
-    # is, and what one would do without this package, the whole model in bf16.
-    stock, stock_bf16 = copy.deepcopy(model), copy.deepcopy(model).bfloat16()
+    # What the swapped model is compared with: the same weights in modules of torch.nn, and what one
+    # would do without this package, that model in bf16.
+    stock, stock_bf16 = stock_twin(model), stock_twin(model).bfloat16()
     report = seqkernels.swap(model)
     console.print(str(report), markup=False, soft_wrap=True)
     console.print()
@@ -106,6 +107,8 @@ def _demo(arguments: argparse.Namespace, console: Console) -> None:
     machine = {**machine_info(), "threads": torch.get_num_threads()}
     title = f"{name} on {machine['processor']}, torch threads: {machine['threads']}"
     console.print(show.table(results, title))
+    console.print()
+    console.print(show.moved_table(results))
     console.print()
     console.print(summary(results, verdict))
     whole = {
@@ -148,7 +151,7 @@ def _ratings(arguments: argparse.Namespace, console: Console) -> tuple[Ratings, 
 
 
 def _train(
-    model: Ranker,
+    model: EngagementRanker,
     examples: Examples,
     split: Split,
     arguments: argparse.Namespace,
@@ -202,6 +205,7 @@ def _measure(
                 task, completed=done, total=total, refresh=True
             ),
         )
+    measure.measure_moved_feature(variants, work)
     with _progress(console, f"requests of 1 user x {measure.CANDIDATES} candidates") as progress:
         task = progress.add_task("", total=None)
         measure.measure_requests(

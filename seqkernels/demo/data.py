@@ -30,6 +30,7 @@ TERMS = (
 )
 
 LIKED = 4.0  # a rating from here on is a like
+LOVED = 5.0  # and from here on more than that
 
 _PACKAGE = "recbole==1.2.1"  # its wheel holds the ratings as an example
 _MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"

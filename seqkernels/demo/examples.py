@@ -16,9 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seqkernels.demo.data import LIKED, DataError, Ratings
+from seqkernels.demo.data import LIKED, LOVED, DataError, Ratings
 
 LENGTH = 100  # events of a history
+FEATURES = ("ratings so far", "rate of likes", "pause", "new client")
+#: Told by the client with each request: whether it is a new version. The ratings know of no such
+#: thing, so it is 0 for all of them, as such a feature is before the version ships.
+MOVING = FEATURES.index("new client")
 _PRIOR_WEIGHT = 5.0  # ratings of an average user that everyone's rate of likes starts from
 _MIN_RATINGS = 3  # of an item in the training set, to have an embedding of its own
 _TRAIN, _VALIDATION = 0.8, 0.1  # the rest is the test set
@@ -30,12 +34,18 @@ class Batch(NamedTuple):
     actions: Tensor  # [B, L] int64, latest first; the rating as an action 1, 2, ...
     items: Tensor  # [B, L] int64
     lengths: Tensor  # [B] int64, number of events
-    features: Tensor  # [B, 3] float32
+    features: Tensor  # [B, 4] float32, see FEATURES
     candidate: Tensor  # [N] int64, N = B or B = 1
 
     def for_candidates(self, candidate: Tensor) -> Batch:
         """One user's batch with other candidates [N]."""
         return self._replace(candidate=candidate)
+
+    def from_new_clients(self) -> Batch:
+        """The same requests, sent by the new version of the client."""
+        features = self.features.clone()
+        features[:, MOVING] = 1.0
+        return self._replace(features=features)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Examples:
 
     Attributes
     ----------
-    time, liked : arrays [N]
+    time, liked, loved : arrays [N]
         Of each example.
     begin, end : int64 arrays [N]
         Its history is the rows ``begin <= row < end``.
@@ -112,6 +122,7 @@ class Examples:
         user = ratings.user[order]
         self.time = ratings.time[order]
         self.liked = ratings.liked[order]
+        self.loved = ratings.rating[order] >= LOVED
         new_user = np.concatenate(([True], user[1:] != user[:-1]))
         new_moment = new_user | np.concatenate(([True], self.time[1:] != self.time[:-1]))
         first = _start_of_run(new_user)
@@ -136,7 +147,10 @@ class Examples:
         rate = (liked + _PRIOR_WEIGHT * like_rate) / (seen + _PRIOR_WEIGHT)
         # Time since the latest event; a user without one gets 0, as log1p(count) 0 tells already.
         pause = np.where(seen > 0, self.time - self.time[np.maximum(self.end - 1, 0)], 0.0)
-        features = np.stack([np.log1p(seen), 4.0 * rate - 2.0, 0.1 * np.log1p(pause)], axis=1)
+        constant = np.zeros(count)
+        features = np.stack(
+            [np.log1p(seen), 4.0 * rate - 2.0, 0.1 * np.log1p(pause), constant], axis=1
+        )
         self._features = torch.from_numpy(features.astype(np.float32))
 
     def __len__(self) -> int:

@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from seqkernels import backends
 from seqkernels.demo.examples import LENGTH, Batch, Examples
-from seqkernels.demo.model import LATEST, Ranker
+from seqkernels.demo.model import log_odds_of_a_like
 
 CANDIDATES = 256
 BATCH = 256
@@ -33,10 +35,10 @@ class Variant:
     ----------
     key, label : str
         Its name in the results file, and in the table.
-    model : Ranker
+    model : torch.nn.Module
         In eval mode.
     encoder : set of str
-        What ran its encoder: "torch", or backends and instruction sets of this package.
+        What ran it: "torch", or backends and instruction sets of this package.
     scores : float64 array [test set]
         Predicted probabilities of a like.
     test_seconds : list of float
@@ -45,16 +47,23 @@ class Variant:
         Of each request.
     request_scores : float64 array [requests, candidates]
         Log-odds.
+    moved_scores : float64 array [test set]
+        As ``scores``, with the feature that was constant in training moved.
+    normed, moved_normed : float
+        Largest absolute value that the dense features' batch norm gave, for both.
     """
 
     key: str
     label: str
-    model: Ranker
+    model: nn.Module
     encoder: set[str] = field(default_factory=set)
     scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     test_seconds: list[float] = field(default_factory=list)
     request_seconds: list[float] = field(default_factory=list)
     request_scores: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    moved_scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    normed: float = 0.0
+    moved_normed: float = 0.0
 
 
 @contextmanager
@@ -100,13 +109,53 @@ def request_batches(
 
 
 def _length(examples: Examples, rows: NDArray[np.int64], trim: bool) -> int:
-    return max(LATEST, int(examples.lengths[rows].max())) if trim else LENGTH
+    return max(1, int(examples.lengths[rows].max())) if trim else LENGTH
 
 
-def log_odds(model: Ranker, work: Sequence[Batch]) -> NDArray[np.float64]:
+def log_odds(model: nn.Module, work: Sequence[Batch]) -> NDArray[np.float64]:
     """All log-odds in order, without gradients."""
     with _serving():
-        return np.concatenate([model(batch).double().numpy() for batch in work])
+        return np.concatenate([log_odds_of_a_like(model, b).double().numpy() for b in work])
+
+
+def probabilities(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What log-odds stand for; however large they are, nothing overflows."""
+    return np.exp(-np.logaddexp(0.0, -log_odds))
+
+
+def measure_moved_feature(variants: Sequence[Variant], work: Sequence[Batch]) -> None:
+    """Score the test set as it is and with the feature that was constant in training moved.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+        Their ``moved_scores``, ``normed`` and ``moved_normed`` are set.
+    work : sequence of Batch
+        The test set.
+    """
+    moved = [batch.from_new_clients() for batch in work]
+    for variant in variants:
+        with _largest_output(variant.model.dense_norm) as largest:
+            log_odds(variant.model, work)
+            variant.normed = largest[0]
+        with _largest_output(variant.model.dense_norm) as largest:
+            variant.moved_scores = probabilities(log_odds(variant.model, moved))
+            variant.moved_normed = largest[0]
+
+
+@contextmanager
+def _largest_output(norm: Any) -> Iterator[list[float]]:
+    """Watch the largest absolute value a module returns."""
+    largest = [0.0]
+
+    def watch(module: nn.Module, inputs: object, out: Tensor) -> None:
+        largest[0] = max(largest[0], float(out.abs().max()))
+
+    handle = norm.register_forward_hook(watch)
+    try:
+        yield largest
+    finally:
+        handle.remove()
 
 
 def measure_test_set(
@@ -135,7 +184,7 @@ def measure_test_set(
     start = time.perf_counter()
     for variant in variants:
         before = backends.calls.copy()
-        variant.scores = 1.0 / (1.0 + np.exp(-log_odds(variant.model, work)))
+        variant.scores = probabilities(log_odds(variant.model, work))
         variant.encoder = set(backends.calls - before) or {"torch"}
         done += 1
         progress(done, total)
@@ -145,10 +194,10 @@ def measure_test_set(
     for round_ in range(rounds):
         for variant in _rotated(variants, round_):
             with _serving():
-                variant.model(work[0])  # the threads of whoever came before go to sleep
+                variant.model(*work[0])  # the threads of whoever came before go to sleep
                 begin = time.perf_counter()
                 for batch in work:
-                    variant.model(batch)
+                    variant.model(*batch)
                 variant.test_seconds.append(time.perf_counter() - begin)
             done += 1
             progress(done, total)
@@ -181,10 +230,10 @@ def measure_requests(
         block = requests[first : first + _BLOCK]
         for variant in _rotated(variants, number):
             with _serving():
-                variant.model(block[0])  # as above
+                variant.model(*block[0])  # as above
                 for request in block:
                     begin = time.perf_counter()
-                    result = variant.model(request)
+                    result = log_odds_of_a_like(variant.model, request)
                     variant.request_seconds.append(time.perf_counter() - begin)
                     scores[variant.key].append(result.double().numpy())
         progress(min(first + _BLOCK, len(requests)), len(requests))

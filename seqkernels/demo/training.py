@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from seqkernels.demo.examples import Examples
-from seqkernels.demo.model import LATEST, Ranker
+from seqkernels.models import EngagementRanker
 
 BATCH = 256
 _LEARNING_RATE = 4e-3  # the peak, after a tenth of the steps; then it falls linearly
@@ -55,7 +55,7 @@ def batches(
 
 
 def train(
-    model: Ranker,
+    model: EngagementRanker,
     examples: Examples,
     rows: NDArray[np.int64],
     *,
@@ -68,7 +68,7 @@ def train(
 
     Parameters
     ----------
-    model : Ranker
+    model : EngagementRanker
         Left in eval mode.
     examples, rows : Examples, int64 array
         The training set.
@@ -87,7 +87,9 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _LEARNING_RATE, total_steps=planned + 1, pct_start=0.1, anneal_strategy="linear"
     )
-    labels = torch.from_numpy(examples.liked.astype(np.float32))
+    # [examples, heads]
+    both = np.stack([examples.liked, examples.loved], axis=1)
+    labels = torch.from_numpy(both.astype(np.float32))
     losses: list[float] = []
     start = time.perf_counter()
     model.train()
@@ -95,8 +97,8 @@ def train(
         torch.manual_seed(seed)
         while len(losses) < planned:
             for some in batches(examples, rows, random):
-                length = max(LATEST, int(examples.lengths[some].max()))
-                logits = model(examples.batch(some, length))
+                length = max(1, int(examples.lengths[some].max()))
+                logits = model(*examples.batch(some, length))  # [B, heads]
                 loss = binary_cross_entropy_with_logits(logits, labels[torch.from_numpy(some)])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
