@@ -22,7 +22,7 @@ help:  ## this list
 	@echo "make <target>, where <target> is one of:"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
-demo: $(VENV)/.demo $(VENV)/.native  ## train a small ranker on real data, swap its encoder, compare
+demo: $(VENV)/.demo $(VENV)/.native  ## train an engagement ranker on real data, swap it, compare
 	@echo "==> demo"
 	$(BIN)/python -m seqkernels demo
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": "what was built, what this machine can run, what would be chosen",
-    "demo": "train a small ranker on real data, swap its encoder, compare (needs [demo])",
+    "demo": "train an engagement ranker on real data, swap it, compare (needs [demo])",
     "bench": "measure workloads beside other implementations (needs [bench])",
 }
 

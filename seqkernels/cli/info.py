@@ -41,7 +41,7 @@ def tables() -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
             ("name", "this machine", "chosen", "because"),
             _instruction_sets(),
         ),
-        ("Backends for the op encoder", ("input", "runs", "not", "because"), _backends()),
+        ("Backends, the same for each op", ("input", "runs", "not", "because"), _backends()),
         ("Settings (environment)", ("variable", "set to", "in effect"), _settings()),
     ]
 
