@@ -45,6 +45,15 @@ def main() -> None:
     one = {"user": [5], "action": [1], "item": [1]}
     print(f"append: {milliseconds(lambda: events.append(one | {'time': [next(now)]})):.2f} ms")
 
+    taken = []
+    for _ in range(300):
+        some = {name: column[:200] for name, column in columns.items()}
+        some |= {"user": g.integers(0, USERS, 200), "time": np.full(200, next(now))}
+        start = time.perf_counter()
+        events.append(some)
+        taken.append(1e3 * (time.perf_counter() - start))
+    print(f"append of 200: {statistics.median(taken):.2f} ms, at most {max(taken):.0f} ms")
+
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ import numpy as np
 from seqkernels.features.ragged import Array, Rows
 
 _ARROW_STRINGS = ("string", "large_string", "string_view")
+_ARROW_TIMES = ("timestamp", "date")
 _DATE_LIMIT = 9_223_372_036  # seconds from 1970 that nanoseconds in 64 bits can tell
 
 
@@ -42,6 +43,14 @@ def column(events: Any, name: str) -> Any:
     return events.column(name) if _library(events) == "pyarrow" else events[name]
 
 
+def is_empty(values: Any) -> bool:
+    """Whether a column has no rows; then its type says nothing (an empty list, an empty frame)."""
+    try:
+        return len(values) == 0
+    except TypeError:  # not a column: told where it is read
+        return False
+
+
 def to_numpy(values: Any, where: str) -> Array:
     """Any column as an array. Null is NaN in floating columns, NaT in times, else an error."""
     library = _library(values)
@@ -49,29 +58,31 @@ def to_numpy(values: Any, where: str) -> Array:
         return _from_arrow(values, where)
     if library == "pandas" and hasattr(values, "isna"):
         return _from_pandas(values, where)
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{where}: expected rows of one shape, got different ones") from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _from_arrow(values: Any, where: str) -> Array:
+def _from_arrow(values: Any, where: str, width: int = 1) -> Array:
+    """`width` values of `values` make a row."""
     kind = values.type
     if hasattr(kind, "value_type") and hasattr(kind, "index_type"):  # dictionary
         values, kind = values.cast(kind.value_type), kind.value_type
-    width = getattr(kind, "list_size", None)
-    floating = str(kind) in ("halffloat", "float", "double")
-    if values.null_count and not floating and not str(kind).startswith(("timestamp", "date")):
-        nulls = values.is_null().to_numpy(zero_copy_only=False)
-        raise ValueError(f"{where}: expected no null, got one in row {int(nulls.argmax())}")
-    if width is None:
+    if str(kind) not in ("halffloat", "float", "double") and not str(kind).startswith(_ARROW_TIMES):
+        _refuse_arrow_nulls(values, where, width)
+    size = getattr(kind, "list_size", None)
+    if size is None:
         return np.asarray(values.to_numpy(zero_copy_only=False))
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in _chunks(values)]
-    empty = np.empty(0, dtype=kind.value_type.to_pandas_dtype())
-    return np.concatenate([empty, *chunks]).reshape(-1, width)
+    whole = values.combine_chunks() if hasattr(values, "chunks") else values
+    return _from_arrow(whole.flatten(), where, size).reshape(-1, size)
 
 
-def _chunks(values: Any) -> list[Any]:
-    """The arrays of a ChunkedArray, or the array."""
-    return list(values.chunks) if hasattr(values, "chunks") else [values]
+def _refuse_arrow_nulls(values: Any, where: str, width: int = 1) -> None:
+    if values.null_count:
+        row = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // width
+        raise ValueError(f"{where}: expected no null, got one in row {row}")
 
 
 def _from_pandas(values: Any, where: str) -> Array:
@@ -94,10 +105,9 @@ def read_ids(values: Any, where: str) -> tuple[Array, list[str] | None]:
     library = _library(values)
     parts: Iterable[tuple[Array, list[Any]]]
     if library == "pyarrow" and _arrow_strings(values.type):
-        if values.null_count:
-            nulls = values.is_null().to_numpy(zero_copy_only=False)
-            raise ValueError(f"{where}: expected no null, got one in row {int(nulls.argmax())}")
-        parts = [_arrow_codes(chunk) for chunk in _chunks(values)]
+        _refuse_arrow_nulls(values, where)
+        chunks = values.chunks if hasattr(values, "chunks") else [values]
+        parts = [_arrow_codes(chunk) for chunk in chunks]
     elif library == "pandas" and getattr(values.dtype, "kind", None) == "O":
         codes, labels = values.factorize()
         if len(codes) and codes.min() < 0:
@@ -110,10 +120,11 @@ def read_ids(values: Any, where: str) -> tuple[Array, list[str] | None]:
             return array, None
         if array.dtype.kind in "iu":
             return array.astype(np.int64, copy=False), None
+        if isinstance(values, list | tuple) and values:
+            # numpy would spell a NaN among strings, and round integers of 64 bits to floats
+            array = np.array(values, dtype=object)
         if array.dtype.kind not in "UTO":
             raise TypeError(f"{where}: expected integers or strings, got {array.dtype}")
-        if isinstance(values, list | tuple):  # numpy would spell a NaN among strings
-            array = np.array(values, dtype=object)
         parts = [_codes(array.tolist(), where)]
 
     # One numbering for all parts.
@@ -127,9 +138,9 @@ def read_ids(values: Any, where: str) -> tuple[Array, list[str] | None]:
     if all(issubclass(kind, str) for kind in kinds):
         return codes, labels
     if all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
-        integers = np.array(labels)
-        if integers.dtype.kind in "iu":
-            return integers[codes], None
+        for dtype in (np.int64, np.uint64):
+            if np.iinfo(dtype).min <= min(labels) and max(labels) <= np.iinfo(dtype).max:
+                return np.array(labels, dtype=dtype)[codes], None
     row, value = _first_foreign(codes, labels)
     raise TypeError(
         f"{where}: expected integers of 64 bits, or strings, got {value!r} in row {row}"
@@ -199,7 +210,7 @@ def read_times(values: Any, where: str) -> tuple[Array, str]:
 def _from_objects(array: Array) -> Array:
     """Datetime objects, pandas' included, as datetime64; anything else as it is."""
     items = array.ravel().tolist()
-    if not all(isinstance(item, datetime.datetime) for item in items):
+    if not items or not all(isinstance(item, datetime.datetime) for item in items):
         return array
     exact = [
         item.to_datetime64()  # pandas: has nanoseconds
@@ -217,16 +228,19 @@ def read_span(value: Any, kind: str, where: str) -> int | float:
     if kind == "datetimes":
         if hasattr(value, "to_timedelta64"):  # pandas: has nanoseconds
             value = value.to_timedelta64()
-        elif isinstance(value, datetime.timedelta):
-            value = np.timedelta64(value)
-        if isinstance(value, np.timedelta64):
-            span: int | float = int(value.astype("m8[ns]").astype(np.int64))
-            if np.isnat(value) or span < 0:
-                raise ValueError(f"{where}: expected at least 0, got {value}")
-            return span
-        if isinstance(value, int) and value == 0:
-            return 0
-        raise TypeError(f"{where}: expected a timedelta, as times are datetimes, got {value!r}")
+        # In Python's integers: numpy would wrap a long span around to a short one.
+        if isinstance(value, datetime.timedelta):
+            span = value // datetime.timedelta(microseconds=1) * 1000
+        elif isinstance(value, np.timedelta64) and np.can_cast(value.dtype, "m8[ns]"):
+            unit = np.array(1, dtype=value.dtype).astype("m8[ns]")
+            span = int(value.astype(np.int64)) * int(unit.astype(np.int64))  # NaT is negative
+        elif isinstance(value, int) and value == 0:
+            span = 0
+        else:
+            raise TypeError(f"{where}: expected a timedelta, as times are datetimes, got {value!r}")
+        if not 0 <= span < 2**63:
+            raise ValueError(f"{where}: expected from 0 to 292 years, got {value}")
+        return span
     allowed = (int, np.integer) if kind == "integers" else (int, np.integer, float, np.floating)
     if isinstance(value, bool) or not isinstance(value, allowed):
         expected = "an integer, as times are integers" if kind == "integers" else "a number"
@@ -254,7 +268,10 @@ def conform(array: Array, dtype: np.dtype[Any], where: str) -> Array:
     if array.dtype == dtype:
         return array
     if array.dtype.kind == "f" and dtype.kind == "f":
-        return array.astype(dtype)
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        _check_rows(np.isfinite(cast) | ~np.isfinite(array), array, f"to fit {dtype}", where)
+        return cast
     if array.dtype.kind == "f" or dtype.kind == "b":
         raise TypeError(f"{where}: expected {dtype}, got {array.dtype}")
     if dtype.kind == "f":
@@ -274,17 +291,17 @@ def conform(array: Array, dtype: np.dtype[Any], where: str) -> Array:
 
 
 def _kind_of(array: Array) -> str:
-    """The dtype, and for objects what the first of them is."""
+    """The dtype, and what objects are."""
     if array.dtype.kind == "O" and array.size:
-        return f"object ({type(array.flat[0]).__name__})"
+        return f"object ({', '.join(sorted({type(item).__name__ for item in array.flat}))})"
     return str(array.dtype)
 
 
 def _check_rows(valid: Array, array: Array, expected: str, where: str) -> None:
     if not valid.all():
-        row = int(np.argmin(valid))
-        at = f" in row {row}" if array.ndim else ""
-        raise ValueError(f"{where}: expected {expected}, got {array.flat[row]}{at}")
+        place = int(np.argmin(valid))
+        at = f" in row {np.unravel_index(place, array.shape)[0]}" if array.ndim else ""
+        raise ValueError(f"{where}: expected {expected}, got {array.flat[place]}{at}")
 
 
 def _check_one_dimension(array: Array, where: str) -> None:

@@ -51,8 +51,10 @@ class EventSequences:
     length : int
         L, the most events of a user in a batch, unless `batch` is told otherwise.
     keep_latest : int, optional
-        How many events of a user are kept; all by default. Serving needs only the latest; a batch
-        as of the past needs those that were the latest then.
+        How many events of a user are kept; all by default. The oldest go first, for good, after
+        each source and each `append`; an event that arrives late and is older than those kept goes
+        at once. Serving needs only the latest; a batch as of the past needs those that were the
+        latest then.
     deduplicate_by : sequence of str, optional
         Events with equal user and time that agree in these columns too are one event: the copy
         that arrived last stays, at its place. By default all columns [N]; NaN equals NaN.
@@ -78,12 +80,15 @@ class EventSequences:
     out-of-order event  takes its place by time; events of equal time stay in order of arrival
     duplicate           replaces the earlier copy, see `deduplicate_by`
     future event        kept, and seen by requests after it; with ``at=None`` there is no request
-                        time, so it is seen at once
+                        time, so it is seen at once. Under `keep_latest` it counts as a latest one
     unknown user        length 0, all padding
     empty history       the same
     ==================  ============================================================================
 
     A null or NaN in a floating column is an event with NaN; in any other column it is an error.
+
+    An append costs what it brings, not what is held, but for the few in which the columns grow by
+    half: those copy everything.
 
     Methods may be called from several threads: they take turns. Copies and pickles hold the events.
 
@@ -136,6 +141,8 @@ class EventSequences:
         for name in (user, time):
             if name in self.columns[1:]:
                 raise ValueError(_message("columns", "further columns alone", repr(name)))
+        if not isinstance(padding or {}, Mapping):
+            raise TypeError(_message("padding", "a mapping of names to numbers", repr(padding)))
         self._length = _count(length, "length")
         if keep_latest is not None:
             keep_latest = _count(keep_latest, "keep_latest")
@@ -160,7 +167,7 @@ class EventSequences:
             self.append(source)
 
     def append(self, events: Any) -> None:
-        """Take in further events, in any order; all of them or, with an error, none.
+        """Take in further events, in any order; all of them or, with an error in them, none.
 
         Parameters
         ----------
@@ -276,15 +283,21 @@ class EventSequences:
         if new.labels is not None:
             keys = [new.labels[key] for key in keys]
         known = self._slots
-        slots = np.array([known.setdefault(key, len(known) + 1) for key in keys])
+        unknown = [key for key in keys if key not in known]
+        fresh = {key: slot for slot, key in enumerate(unknown, len(known) + 1)}
+        slots = np.array([known.get(key) or fresh[key] for key in keys])
         self._runs.insert(slots, sizes, order, new.columns)
+        known.update(fresh)
 
     def _read(self, events: Any) -> _Events:
         """Check a source against the first one."""
         present = read.names(events, "EventSequences: events")
-        for name in (self._user, *self.columns):
+        names = (self._user, *self.columns)
+        for name in names:
             if name not in present:
                 raise ValueError(_message(name, "a column of this name", f"only {present}"))
+        if self._dtypes and all(read.is_empty(read.column(events, name)) for name in names):
+            return _Events(np.empty(0, dtype=np.int64), None, self._times, {})
         ids, labels = read.read_ids(read.column(events, self._user), _where(self._user))
         times, kind = read.read_times(read.column(events, self._time), _where(self._time))
         columns = {self._time: times}
@@ -326,7 +339,7 @@ class EventSequences:
 
     def _read_users(self, users: Any) -> tuple[list[Any], Rows]:
         """Keys of the users asked for, and for each of the batch which key is its own."""
-        if isinstance(users, list | tuple) and not users:
+        if read.is_empty(users):
             return [], np.empty(0, dtype=np.int64)
         ids, labels = read.read_ids(users, _where("users"))
         if len(ids):
@@ -357,7 +370,7 @@ class EventSequences:
         _chosen(given, self.columns, "padding")
         rows = {}
         for name, array in first.items():
-            value = np.asarray(given.get(name, 0))
+            value = np.asarray(given.get(name, array.dtype.type(0)))
             if name == self._time and self._times == "datetimes":
                 value = value.astype("M8[ns]").view(np.int64)
             if value.ndim or value.dtype.kind not in "biuf":
@@ -383,16 +396,18 @@ def _count(value: Any, name: str) -> int:
     return int(value)
 
 
-def _names(values: Sequence[str], name: str) -> list[str]:
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+def _names(values: Any, name: str) -> list[str]:
+    listed = isinstance(values, Iterable) and not isinstance(values, str)
+    names = list(values) if listed else []
+    if not listed or not all(isinstance(value, str) for value in names):
         raise TypeError(_message(name, "a sequence of names", repr(values)))
-    if len(set(values)) < len(values):
-        raise ValueError(_message(name, "each name once", repr(list(values))))
-    return list(values)
+    if len(set(names)) < len(names):
+        raise ValueError(_message(name, "each name once", repr(names)))
+    return names
 
 
-def _chosen(values: Iterable[str], allowed: Sequence[str], name: str) -> list[str]:
-    chosen = _names(list(values), name) if not isinstance(values, str) else _names(values, name)
+def _chosen(values: Any, allowed: Sequence[str], name: str) -> list[str]:
+    chosen = _names(values, name)
     for value in chosen:
         if value not in allowed:
             raise ValueError(_message(name, f"some of {list(allowed)}", repr(value)))

@@ -159,12 +159,14 @@ class Runs:
         begin, first, last, limit = self.bounds.T
         counts, size = last - first, limit - begin
         start = 1 + np.cumsum(size) - size
-        self.used = 1 + int(size.sum())
+        used = 1 + int(size.sum())
         rows, places = expand(first, counts), expand(start, counts)
+        columns = {}
         for name, column in self.columns.items():
             # zeros, not empty: pages that are never touched cost no memory, and none is undefined
-            grown = np.zeros((int(_GROWTH * (self.used + need)), *column.shape[1:]), column.dtype)
+            grown = np.zeros((int(_GROWTH * (used + need)), *column.shape[1:]), column.dtype)
             grown[0] = column[0]
             grown[places] = column[rows]
-            self.columns[name] = grown
+            columns[name] = grown
+        self.columns, self.used = columns, used
         self.bounds = np.stack((start, start, start + counts, start + size), axis=1)

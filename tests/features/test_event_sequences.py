@@ -117,13 +117,18 @@ def test_it_is_what_lists_give(
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(sources=st.lists(EVENTS, min_size=2, max_size=8))
-def test_appended_or_built_at_once_is_the_same(sources: list[list[Event]]) -> None:
-    one_by_one = EventSequences(as_columns(sources[0]))
+@hypothesis.given(
+    sources=st.lists(EVENTS, min_size=2, max_size=8), keep_latest=st.sampled_from([None, 1, 3])
+)
+def test_appended_or_built_at_once_is_the_same(
+    sources: list[list[Event]], keep_latest: int | None
+) -> None:
+    one_by_one = EventSequences(as_columns(sources[0]), keep_latest=keep_latest)
     for source in sources[1:]:
         one_by_one.append(as_columns(source))
-    together = EventSequences(as_columns([e for source in sources for e in source]))
-    several = EventSequences(*map(as_columns, sources))
+    everything = as_columns([e for source in sources for e in source])
+    together = EventSequences(everything, keep_latest=keep_latest)
+    several = EventSequences(*map(as_columns, sources), keep_latest=keep_latest)
     expected = together.batch([0, 1, 2, 3], at=5, length=9)
     for other in (one_by_one, several, copy.deepcopy(several), pickle.loads(pickle.dumps(several))):
         batch = other.batch([0, 1, 2, 3], at=5, length=9)
@@ -140,6 +145,61 @@ def test_deduplication_by_some_columns() -> None:
     by_nothing = EventSequences(first, deduplicate_by=[])
     assert len(by_nothing) == 1
     assert by_nothing.batch([1], length=2)["item"].tolist() == [[8, 0]]
+
+
+def test_nan_repeats_nan() -> None:
+    columns = {"user": [1, 1, 1], "time": [2, 2, 2], "x": [math.nan, 1.0, math.nan]}
+    assert len(EventSequences(columns)) == 2
+
+
+@pytest.mark.parametrize("keep_latest", [None, 7])
+def test_many_appends_at_random(keep_latest: int | None) -> None:
+    """Regions fill up, move and are laid out anew; a copy goes on from where it was taken."""
+    g = np.random.default_rng(0)
+    rows = np.stack(
+        [g.integers(0, 30, 6000), g.integers(0, 500, 6000), *g.integers(0, 9, (2, 6000))]
+    )
+    events = EventSequences(as_columns([]), keep_latest=keep_latest, length=300)
+    start = 0
+    while start < rows.shape[1]:
+        stop = start + int(g.integers(1, 40))
+        events.append(dict(zip(Event._fields, rows[:, start:stop], strict=True)))
+        start = stop
+        if g.random() < 0.05:
+            events = pickle.loads(pickle.dumps(events))
+    whole = EventSequences(
+        dict(zip(Event._fields, rows, strict=True)), keep_latest=keep_latest, length=300
+    )
+    assert len(events) == len(whole)
+    for at in (None, 100, 400):
+        batch, expected = events.batch(range(30), at), whole.batch(range(30), at)
+        assert batch.lengths.tolist() == expected.lengths.tolist()
+        for name in expected.columns:
+            assert np.array_equal(batch[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("at", "window", "seen"),
+    [
+        (30, 0, [20, 10]),
+        (31, 0, [30, 20, 10]),
+        (30, 10, [10]),
+        (31, 10, [20, 10]),
+        (30, 9, [20, 10]),
+    ],
+)
+@pytest.mark.parametrize("unit", [None, "s"])
+def test_the_boundary(at: int, window: int, seen: list[int], unit: str | None) -> None:
+    """An event at the moment itself, or just at the window's far end, is not seen."""
+    times = np.array([10, 20, 30, 40])
+    columns = {"user": np.ones(4, int), "time": times, "item": times}
+    if unit is None:
+        batch = EventSequences(columns, length=4).batch([1], at, exclude_within=window)
+    else:
+        events = EventSequences(columns | {"time": times.astype("M8[s]")}, length=4)
+        span = np.timedelta64(window, unit)
+        batch = events.batch([1], np.datetime64(at, unit), exclude_within=span)
+    assert batch["item"][0, : batch.lengths[0]].tolist() == seen
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
@@ -212,8 +272,51 @@ def test_time_zones_and_timedeltas() -> None:
     assert events.batch([1], at).lengths.tolist() == [2]
     for span in (datetime.timedelta(hours=1), pd.Timedelta("1h"), np.timedelta64(1, "h")):
         assert events.batch([1], at, exclude_within=span)["item"].tolist() == [[1, 0]]
+    assert events.batch([1], at, exclude_within=0).lengths.tolist() == [2]
     with pytest.raises(TypeError, match="exclude_within: expected a timedelta"):
         events.batch([1], at, exclude_within=3600)
+    # 2**64 ns and a little is not a little
+    for span in (datetime.timedelta(days=213_504), np.timedelta64(213_504, "D")):
+        with pytest.raises(ValueError, match="exclude_within: expected from 0 to 292 years"):
+            events.batch([1], at, exclude_within=span)
+
+
+def test_a_window_before_all_time() -> None:
+    """at - exclude_within is below what 64 bits hold: nothing is seen, and nothing wraps around."""
+    events = EventSequences({"user": [1], "time": [-(2**62)], "item": [5]})
+    assert events.batch([1], at=-(2**62) - 2, exclude_within=2**63 - 1).lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "users",
+    [
+        np.array([2**63 + 5, 1], dtype=np.uint64),
+        [2**63 + 5, 1],
+        np.array(["a", "b"], dtype=object),
+        pd.Categorical(["a", "b"]),
+        pd.Series(["a", "b"], dtype="string[pyarrow]"),
+        pa.array(["a", "b"]).dictionary_encode(),
+        pa.array([7, 8], pa.uint8()),
+    ],
+    ids=lambda users: f"{type(users).__module__}.{getattr(users, 'dtype', '')}",
+)
+def test_kinds_of_ids(users: Any) -> None:
+    users = pd.Series(users) if isinstance(users, pd.Categorical) else users
+    events = EventSequences({"user": users, "time": [1, 2], "item": [3, 4]}, length=1)
+    as_list = users if isinstance(users, list) else np.asarray(users).tolist()
+    for asked in (users, as_list, as_list[:1]):
+        assert events.batch(asked)["item"].tolist() == [[3], [4]][: len(asked)]
+
+
+def test_further_columns() -> None:
+    """Booleans, small integers and arrow's lists keep their types."""
+    vectors = pa.array([[1, 2], [3, 4]], pa.list_(pa.int16(), 2))
+    table = pa.table({"user": [1, 1], "time": [1, 2], "seen": [True, False], "vector": vectors})
+    batch = EventSequences(pa.concat_tables([table.slice(1), table]), length=3).batch([1])
+    assert batch["seen"].tolist() == [[False, True, False]]
+    assert batch["vector"].tolist() == [[[3, 4], [1, 2], [0, 0]]]
+    assert (batch["seen"].dtype, batch["vector"].dtype) == (np.bool_, np.int16)
+    assert batch.tensors()[0]["seen"].dtype == torch.bool
 
 
 def test_wide_columns_and_padding() -> None:
@@ -233,6 +336,9 @@ def test_nothing_at_all() -> None:
     assert batch.lengths.tolist() == [0, 0]
     assert batch["item"].shape == (2, 3)
     assert events.batch([]).lengths.shape == (0,)
+    assert events.batch(np.array([])).lengths.shape == (0,)
+    for nothing in ({n: [] for n in Event._fields}, pd.DataFrame(columns=list(Event._fields))):
+        events.append(nothing)  # without rows there is no type to refuse
     events.append(as_columns([Event(1, 2, 3, 4)]))
     assert events.batch([1])["item"].tolist() == [[4, 0, 0]]
 
@@ -317,6 +423,45 @@ GOOD = {"user": [1, 2], "time": [1, 2], "item": [3, 4]}
             ValueError,
             "time: expected a time, got NaT in row 1",
         ),
+        (
+            lambda: EventSequences(GOOD | {"time": [datetime.datetime(2026, 1, 1), None]}),
+            TypeError,
+            "time: expected integers, floats or datetimes, got object (NoneType, datetime)",
+        ),
+        (
+            lambda: EventSequences(GOOD | {"time": np.array(["2026", "3000"], "M8[D]")}),
+            ValueError,
+            "time: expected a time from 1678 to 2261, got 3000-01-01 in row 1",
+        ),
+        (
+            lambda: EventSequences(GOOD | {"x": [[1, 2], [1]]}),
+            ValueError,
+            "x: expected rows of one",
+        ),
+        (
+            lambda: EventSequences(pa.table(GOOD | {"item": [1, None]})),
+            ValueError,
+            "item: expected no null, got one in row 1",
+        ),
+        (
+            lambda: EventSequences(pd.DataFrame(GOOD | {"item": pd.array([1, None], "Int64")})),
+            ValueError,
+            "item: expected no null, got one in row 1",
+        ),
+        (
+            lambda: EventSequences(
+                pa.table(GOOD | {"x": pa.array([[1, 2], [3, None]], pa.list_(pa.int64(), 2))})
+            ),
+            ValueError,
+            "x: expected no null, got one in row 1",
+        ),
+        (
+            lambda: EventSequences(
+                pd.DataFrame([[1, 1, 1, 1]], columns=["user", "time", "x", "x"])
+            ),
+            ValueError,
+            "columns: expected each name once",
+        ),
         (lambda: EventSequences(GOOD, time="user"), ValueError, "time: expected another column"),
         (lambda: EventSequences(GOOD, columns=["time"]), ValueError, "columns: expected further"),
         (lambda: EventSequences(GOOD, columns="item"), TypeError, "columns: expected a sequence"),
@@ -329,6 +474,23 @@ GOOD = {"user": [1, 2], "time": [1, 2], "item": [3, 4]}
         ),
         (lambda: EventSequences(GOOD, padding={"x": 1}), ValueError, "padding: expected some of"),
         (lambda: EventSequences(GOOD, padding={"item": "a"}), TypeError, "padding['item']"),
+        (lambda: EventSequences(GOOD, padding=1), TypeError, "padding: expected a mapping"),
+        (lambda: EventSequences(GOOD, columns=1), TypeError, "columns: expected a sequence"),
+        (
+            lambda: EventSequences(GOOD | {"x": np.float32([1, 2])}).append(
+                GOOD | {"x": [1, 1e300]}
+            ),
+            ValueError,
+            "x: expected to fit float32, got 1e+300 in row 1",
+        ),
+        (
+            lambda: EventSequences(GOOD | {"item": np.int8([1, 2])}).append(
+                GOOD | {"item": [1, 128]}
+            ),
+            ValueError,
+            "item: expected integers from -128 to 127 (to fit int8), got 128 in row 1",
+        ),
+        (lambda: EventSequences(GOOD).batch(1), ValueError, "users: expected shape [n], got []"),
         (lambda: EventSequences(GOOD).append({"user": [1]}), ValueError, "time: expected a column"),
         (
             lambda: EventSequences(GOOD).append(GOOD | {"user": ["a", "b"]}),
