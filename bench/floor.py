@@ -29,11 +29,11 @@ class Machine:
     assumption: str
 
     def floor(self, comparison: dict[str, Any]) -> float | None:
-        """Seconds a call of this workload takes at least; None where no rate is known."""
+        """Seconds a call takes at least; None without multiply-accumulates or a known rate."""
         rate = self.rates.get(comparison["variant"].removeprefix("cpu/"))
-        if rate is None:
-            return None
         workload = comparison["workload"]
+        if rate is None or "multiply_adds" not in workload:
+            return None
         per_second = rate * workload["threads"] * self.clock_ghz * 1e9
         return float(workload["multiply_adds"] / per_second)
 

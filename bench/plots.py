@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from bench.floor import Machine
-from bench.verdicts import Comparisons, seconds_per_sequence
-from seqkernels.benchmark import CONTESTANTS
+from bench.verdicts import Comparisons, seconds_each, sharers
+from seqkernels.benchmark import EncoderWorkload
 
 mpl.use("Agg")  # no display is needed
 
+RIVALS = EncoderWorkload.rivals
 COLOURS = {
     "seqkernels": "#c1121f",
     "seqkernels_bf16": "#f28482",
@@ -68,19 +69,18 @@ def _sweep(
         return None
     title = f"Time a sequence against {label}"
     figure, axes = _figure(title)
-    for name in CONTESTANTS:
+    for name in RIVALS:
         there = [c for c in swept if name in c["results"]]
         if not there:
             continue
         x = [c["workload"][key] for c in there]
         low, y, high = (
-            [1e6 * seconds_per_sequence(c, name, at) for c in there]
-            for at in ("q20", "median", "q80")
+            [1e6 * seconds_each(c, name, at) for c in there] for at in ("q20", "median", "q80")
         )
-        axes.plot(x, y, "o-", ms=3.5, color=COLOURS[name], label=CONTESTANTS[name].title)
+        axes.plot(x, y, "o-", ms=3.5, color=COLOURS[name], label=RIVALS[name].title)
         axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
     known = [(c, floors.floor(c)) for c in swept] if floors else []
-    line = [(c["workload"][key], 1e6 * f / c["workload"]["batch"]) for c, f in known if f]
+    line = [(c["workload"][key], 1e6 * f / sharers(c)) for c, f in known if f]
     if line:
         axes.plot(*zip(*line, strict=True), "--", color="black", lw=1, label="floor")
     axes.set_xscale("log", base=2)
@@ -103,14 +103,12 @@ def _padding(comparisons: Comparisons) -> tuple[str, Figure] | None:
         return None
     title = "Time a sequence, TransAct shape: all events valid, and 20 to 100 of 100"
     figure, axes = _figure(title)
-    names = [n for n in CONTESTANTS if any(n in c["results"] for c in both)]
+    names = [n for n in RIVALS if any(n in c["results"] for c in both)]
     for side, (c, kind) in enumerate(zip(both, ("dense", "masked"), strict=True)):
         for row, name in enumerate(names):
             if name not in c["results"]:
                 continue
-            low, y, high = (
-                1e6 * seconds_per_sequence(c, name, at) for at in ("q20", "median", "q80")
-            )
+            low, y, high = (1e6 * seconds_each(c, name, at) for at in ("q20", "median", "q80"))
             axes.barh(
                 row + (side - 0.5) * 0.38,
                 y,
@@ -126,7 +124,7 @@ def _padding(comparisons: Comparisons) -> tuple[str, Figure] | None:
                 va="center",
                 fontsize=7,
             )
-    axes.set_yticks(range(len(names)), [CONTESTANTS[n].title for n in names], fontsize=8)
+    axes.set_yticks(range(len(names)), [RIVALS[n].title for n in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("us a sequence (lines: 20 to 80 %)")
     axes.margins(x=0.12)

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from bench import floor, plots
-from bench.verdicts import Comparisons, Verdict, judge, seconds_per_sequence
+from bench.verdicts import Comparisons, Verdict, judge, kind_of, seconds_each, sharers
 from seqkernels import tables
-from seqkernels.benchmark import CONTESTANTS
+from seqkernels.benchmark import KINDS, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("build/bench.json")
@@ -99,14 +99,16 @@ def markdown(
     images: Sequence[tuple[str, Path]],
 ) -> str:
     """The report."""
-    parts = [f"# Encoder benchmark: {info['processor']}, {date[:10]}", _machine(info)]
+    parts = [f"# Benchmark: {info['processor']}, {date[:10]}", _machine(info)]
     if info["smoke"]:
         parts.append("**A smoke run: sizes are tiny and rounds few, the times say nothing.**")
     else:
         rows = [(v.workload, v.bar, v.measured, "met" if v.met else "**missed**") for v in verdicts]
         parts += ["## Bars", HOW, table(("workload", "bar", "measured", "verdict"), rows)]
-    parts += ["## Time a sequence, us", _times(comparisons)]
-    parts += ["## Error against fp64", _errors(comparisons)]
+    for kind in KINDS.values():
+        those = {name: c for name, c in comparisons.items() if kind_of(c) is kind}
+        if those:
+            parts += [f"## {kind.title}", *_times(kind, those), _errors(kind, those)]
     parts += ["## Beside the kernel", _beside(comparisons)]
     parts += ["## Distance to the floor", _floors(comparisons, floors)]
     parts += [f"![{title}]({path.name})" for title, path in images]
@@ -128,39 +130,50 @@ def _machine(info: dict[str, Any]) -> str:
     return table(("", ""), rows)
 
 
-def _present(comparisons: Comparisons) -> list[str]:
-    return [n for n in CONTESTANTS if any(n in c["results"] for c in comparisons.values())]
+def _present(kind: type[Workload], comparisons: Comparisons) -> list[str]:
+    return [n for n in kind.rivals if any(n in c["results"] for c in comparisons.values())]
 
 
-def _times(comparisons: Comparisons) -> str:
-    names = _present(comparisons)
-    rows = []
+def _times(kind: type[Workload], comparisons: Comparisons) -> list[str]:
+    names = _present(kind, comparisons)
+    titles = [kind.rivals[name].title for name in names]
+    head = ["workload", *(heading for heading, _ in kind.columns), "threads"]
+    rows, rates = [], []
     for c in comparisons.values():
-        w = c["workload"]
-        cells = [c["workload"]["id"], str(w["batch"]), str(w["length"]), str(w["threads"])]
+        w, results, peer = c["workload"], c["results"], c["fastest_peer"]
+        sizes = [w["id"], *(str(w[key]) for _, key in kind.columns), str(w["threads"])]
+        times, rate = [], []
         for name in names:
-            if name in c["results"]:
+            shown = ""
+            if name in results:
                 low, median, high = (
-                    f"{1e6 * seconds_per_sequence(c, name, at):.1f}"
-                    for at in ("q20", "median", "q80")
+                    f"{1e6 * seconds_each(c, name, at):.1f}" for at in ("q20", "median", "q80")
                 )
                 shown = f"{median} ({low} to {high})"
-                cells.append(f"**{shown}**" if name == c["fastest_peer"] else shown)
-            else:
-                cells.append("")
-        peer = c["fastest_peer"]
-        s = c["results"][peer]["speedup"] if peer else None
-        cells.append(f"{s['median']:.2f} ({s['q20']:.2f} to {s['q80']:.2f})" if s else "")
-        cells.append(str(c["results"]["seqkernels"]["rounds"]))
-        rows.append(cells)
-    titles = [CONTESTANTS[name].title for name in names]
-    head = ["workload", "B", "L", "threads", *titles, "fastest peer / seqkernels", "rounds"]
-    said = "Median (20 % to 80 %) of a call's time over B; the fastest peer is bold."
-    return f"{said}\n\n{table(head, rows)}"
+            times.append(f"**{shown}**" if name == peer else shown)
+            if "bytes" in w:
+                seconds = results[name]["time"]["median"] if name in results else None
+                rate.append(f"{w['bytes'] / seconds / 1e9:.1f}" if seconds else "")
+        s = results[peer]["speedup"] if peer else None
+        ratio = f"{s['median']:.2f} ({s['q20']:.2f} to {s['q80']:.2f})" if s else ""
+        rows.append([*sizes, *times, ratio, str(results["seqkernels"]["rounds"])])
+        if rate:
+            rates.append([*sizes, *rate])
+    per = f"a {kind.per}" if kind.per else "a call"
+    over = " over B" if kind.per else ""
+    parts = [
+        f"Time {per}, us: median (20 % to 80 %) of a call's time{over}; the fastest peer is bold.",
+        table([*head, *titles, "fastest peer / seqkernels", "rounds"], rows),
+    ]
+    if rates:
+        said = "GB/s: bytes that have to be read and written, over the median time."
+        parts += [said, table([*head, *titles], rates)]
+    return parts
 
 
-def _errors(comparisons: Comparisons) -> str:
-    names = _present(comparisons)
+def _errors(kind: type[Workload], comparisons: Comparisons) -> str:
+    names = _present(kind, comparisons)
+    names = [name for name in names if not kind.rivals[name].yardstick]
     rows = []
     for c in comparisons.values():
         cells = [c["workload"]["id"]]
@@ -171,21 +184,22 @@ def _errors(comparisons: Comparisons) -> str:
         cells.append(f"{worst['worst_max_ratio']:.2g} / {worst['worst_mean_ratio']:.2g}")
         rows.append(cells)
     said = (
-        "Largest / mean absolute error over that of torch's own bf16 run, all checked sequences "
-        "together; the last column is the worst single sequence of seqkernels, to which the rule "
-        "applies (2 / 1.5)."
+        f"Error against fp64: largest / mean absolute error over that of {kind.yardstick}, all "
+        f"checked {kind.checked} together; the last column is the worst of them for seqkernels, "
+        "to which the rule applies (2 / 1.5)."
     )
-    titles = [CONTESTANTS[name].title for name in names]
-    return f"{said}\n\n{table(['workload', *titles, 'worst sequence'], rows)}"
+    titles = [kind.rivals[name].title for name in names]
+    return f"{said}\n\n{table(['workload', *titles, 'worst'], rows)}"
 
 
 def _beside(comparisons: Comparisons) -> str:
     rows = []
     for c in comparisons.values():
         memory, outside = c["workspace_bytes"], c["outside_kernel"]
-        if memory is not None and (outside or c["workload"]["group"] in ("transact", "shapes")):
+        if outside or (memory and c["workload"]["group"] in ("transact", "shapes")):
             shown = f"{1e6 * outside['median']:.1f}" if outside else ""
-            rows.append((c["workload"]["id"], f"{memory / 1024:.0f}", shown))
+            space = "" if memory is None else f"{memory / 1024:.0f}"
+            rows.append((c["workload"]["id"], space, shown))
     if not rows:
         return "No native kernel ran."
     head = ("workload", "workspace, KB a thread", "outside the native call, us")
@@ -201,8 +215,9 @@ def _floors(comparisons: Comparisons, floors: floor.Machine | None) -> str:
         if least is None:
             continue
         w, measured = c["workload"], c["results"]["seqkernels"]["time"]["median"]
-        per = 1e6 / w["batch"]
-        macs = w["multiply_adds"] / w["batch"] / 1e6
+        batch = sharers(c)
+        per = 1e6 / batch
+        macs = w["multiply_adds"] / batch / 1e6
         rows.append(
             (
                 w["id"],
@@ -218,7 +233,7 @@ def _floors(comparisons: Comparisons, floors: floor.Machine | None) -> str:
     head = (
         "workload",
         "ran on",
-        "10^6 multiply-accumulates a sequence",
+        "10^6 multiply-accumulates",
         "floor, us",
         "measured, us",
         "times the floor",

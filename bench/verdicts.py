@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.registry import AMX_ERROR_LIMIT, LINEAR_BATCHES, LINEAR_LIMIT, REGISTRY, Bar
+from seqkernels.benchmark import KINDS, EncoderWorkload, Workload
 
 Comparisons = dict[str, dict[str, Any]]  # by the workload's id
 
@@ -48,6 +49,8 @@ def _judge(comparison: dict[str, Any], bar: Bar) -> Verdict:
         s = result["speedup"]
         measured = f"{s['median']:.2f} ({s['q20']:.2f} to {s['q80']:.2f}) x {result['title']}"
         return Verdict(name, asked, measured, s["median"] >= limit)
+    if bar.quantity == "time":
+        return _judge_time(comparison, bar, limit)
     if bar.quantity == "workspace_bytes":
         value = comparison["workspace_bytes"]
         asked = f"at most {limit / 1024:.0f} KB a thread beyond output and packed weights"
@@ -63,12 +66,26 @@ def _judge(comparison: dict[str, Any], bar: Bar) -> Verdict:
     return Verdict(name, asked, f"{median:.1f} us ({low:.1f} to {high:.1f})", median <= limit * 1e6)
 
 
+def _judge_time(comparison: dict[str, Any], bar: Bar, limit: float) -> Verdict:
+    name, results = comparison["workload"]["id"], comparison["results"]
+    rivals = kind_of(comparison).rivals
+    assert bar.over is not None
+    asked = f"{rivals[bar.of].title}: at most {limit:g} x the time of a {rivals[bar.over].title}"
+    for needed in (bar.of, bar.over):
+        if needed not in results:
+            why = comparison["absent"].get(needed, f"{needed} was not timed")
+            return Verdict(name, asked, f"nothing: {why}", False)
+    s = results[bar.over]["speedup_of"][bar.of]
+    low, median, high = 1 / s["q80"], 1 / s["median"], 1 / s["q20"]
+    return Verdict(name, asked, f"{median:.2f} ({low:.2f} to {high:.2f}) x", median <= limit)
+
+
 def _linear(comparisons: Comparisons) -> list[Verdict]:
     small, large = LINEAR_BATCHES
     names = [f"batch/{b}" for b in LINEAR_BATCHES]
     if any(name not in comparisons for name in names):
         return []
-    per_sequence = [seconds_per_sequence(comparisons[name], "seqkernels") for name in names]
+    per_sequence = [seconds_each(comparisons[name], "seqkernels") for name in names]
     growth = per_sequence[1] / per_sequence[0]
     return [
         Verdict(
@@ -85,14 +102,14 @@ def _error(comparisons: Comparisons) -> list[Verdict]:
     ratios = [
         c["results"]["seqkernels"]["accuracy"][key]
         for c in comparisons.values()
-        if is_amx(c)
+        if is_amx(c) and kind_of(c) is EncoderWorkload
         for key in ("max_ratio", "mean_ratio")
     ]
     if not ratios:
         return []
     return [
         Verdict(
-            "all on AMX",
+            "all encoders on AMX",
             f"error against fp64 at most {AMX_ERROR_LIMIT:g} x that of torch's own bf16 run",
             f"{max(ratios):.2f} x, largest and mean error, all workloads",
             max(ratios) <= AMX_ERROR_LIMIT,
@@ -100,7 +117,17 @@ def _error(comparisons: Comparisons) -> list[Verdict]:
     ]
 
 
-def seconds_per_sequence(comparison: dict[str, Any], contestant: str, at: str = "median") -> float:
-    """Its time for a call, shared out among the sequences."""
+def kind_of(comparison: dict[str, Any]) -> type[Workload]:
+    """Of its workload; results files were once of encoders alone and did not tell."""
+    return KINDS[comparison["workload"].get("kind", "encoder")]
+
+
+def sharers(comparison: dict[str, Any]) -> int:
+    """Among how many sequences, or what else its kind counts, the time of a call is shared out."""
+    return int(comparison["workload"]["batch"]) if kind_of(comparison).per else 1
+
+
+def seconds_each(comparison: dict[str, Any], contestant: str, at: str = "median") -> float:
+    """Its time for a call, shared out."""
     seconds: float = comparison["results"][contestant]["time"][at]
-    return seconds / float(comparison["workload"]["batch"])
+    return seconds / sharers(comparison)

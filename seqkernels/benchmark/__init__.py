@@ -1,27 +1,42 @@
-"""Interleaved measurement of the encoder beside its peers; results are checked before the clock.
+"""Interleaved measurement beside peers; results are checked before the clock.
 
-``bench/`` runs a registry of workloads through it, ``python -m seqkernels bench`` one of the
+``bench/`` runs a registry of workloads through it, ``python -m seqkernels bench`` an encoder of the
 user's own. Nothing here is imported by the rest of the package.
 """
 
 from seqkernels.benchmark.comparison import Comparison, Result, compare
-from seqkernels.benchmark.contestants import CONTESTANTS, Contestant, Runner, Unavailable
+from seqkernels.benchmark.contestants import Contestant, Runner, Unavailable
 from seqkernels.benchmark.gate import Accuracy, Gate, GateError
+from seqkernels.benchmark.kinds import (
+    KINDS,
+    BatchNormWorkload,
+    EncoderWorkload,
+    LinearWorkload,
+    RankerWorkload,
+    uniform_lengths,
+)
 from seqkernels.benchmark.machine import machine_info
 from seqkernels.benchmark.measure import Samples, Spread, interleave
-from seqkernels.benchmark.workloads import Workload, uniform_lengths
+from seqkernels.benchmark.workload import Expected, Model, Task, Workload
 
 __all__ = [
-    "CONTESTANTS",
+    "KINDS",
     "Accuracy",
+    "BatchNormWorkload",
     "Comparison",
     "Contestant",
+    "EncoderWorkload",
+    "Expected",
     "Gate",
     "GateError",
+    "LinearWorkload",
+    "Model",
+    "RankerWorkload",
     "Result",
     "Runner",
     "Samples",
     "Spread",
+    "Task",
     "Unavailable",
     "Workload",
     "compare",

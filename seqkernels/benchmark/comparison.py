@@ -6,29 +6,23 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from seqkernels.benchmark.contestants import (
-    CONTESTANTS,
-    Contestant,
-    Runner,
-    Unavailable,
-    packed_weights,
-)
+from seqkernels.benchmark.contestants import Contestant, Runner, Unavailable
 from seqkernels.benchmark.gate import Accuracy, Gate, GateError
 from seqkernels.benchmark.measure import Samples, Spread, interleave
-from seqkernels.benchmark.workloads import Workload
-from seqkernels.testing import EncoderProblem
+from seqkernels.benchmark.workload import Task, Workload
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one contestant did."""
+    """What one contestant did; a yardstick has no accuracy."""
 
-    contestant: Contestant
+    contestant: Contestant[Any]
     note: str
-    accuracy: Accuracy
+    accuracy: Accuracy | None
     samples: Samples
 
 
@@ -60,7 +54,7 @@ class Comparison:
         peers = {
             name: result.samples.spread.median
             for name, result in self.results.items()
-            if not result.contestant.ours
+            if not (result.contestant.ours or result.contestant.yardstick)
         }
         return min(peers, key=lambda name: peers[name], default=None)
 
@@ -78,6 +72,7 @@ class Comparison:
     def as_dict(self) -> dict[str, object]:
         """Everything, as JSON; times are in seconds a call."""
         fastest, outside = self.fastest_peer(), self.outside_kernel()
+        ours = [name for name, result in self.results.items() if result.contestant.ours]
         return {
             "workload": self.workload.describe(),
             "variant": self.variant,
@@ -89,13 +84,19 @@ class Comparison:
                 name: {
                     "title": result.contestant.title,
                     "ours": result.contestant.ours,
+                    "yardstick": result.contestant.yardstick,
                     "note": result.note,
-                    "accuracy": dataclasses.asdict(result.accuracy),
+                    "accuracy": result.accuracy and dataclasses.asdict(result.accuracy),
                     "rounds": len(result.samples.seconds),
                     "calls_per_sample": result.samples.calls_per_sample,
                     "time": dataclasses.asdict(result.samples.spread),
-                    # how many times as fast as this one the first of ours is
+                    # how many times as fast as this one "seqkernels" is
                     "speedup": dataclasses.asdict(self.speedup(name)),
+                    # over a yardstick, how many times as fast each of ours is
+                    "speedup_of": {
+                        one: dataclasses.asdict(self.speedup(name, one))
+                        for one in (ours if result.contestant.yardstick else ())
+                    },
                 }
                 for name, result in self.results.items()
             },
@@ -105,7 +106,7 @@ class Comparison:
 def compare(
     workload: Workload,
     *,
-    contestants: Mapping[str, Contestant] = CONTESTANTS,
+    contestants: Mapping[str, Contestant[Any]] | None = None,
     rounds: int | None = None,
 ) -> Comparison:
     """Measure a workload; the results are checked before anything is timed.
@@ -113,8 +114,8 @@ def compare(
     Parameters
     ----------
     workload : Workload
-    contestants : mapping of str to Contestant
-        Those that the workload may name.
+    contestants : mapping of str to Contestant, optional
+        Those that the workload may name, instead of its ``rivals``.
     rounds : int, optional
         Instead of as many as ``workload.seconds`` allows.
 
@@ -128,24 +129,22 @@ def compare(
     threads = torch.get_num_threads()
     torch.set_num_threads(workload.num_threads)
     try:
-        return _compare(workload, contestants, rounds)
+        return _compare(workload, contestants or workload.rivals, rounds)
     finally:
         torch.set_num_threads(threads)
 
 
 def _compare(
-    workload: Workload, contestants: Mapping[str, Contestant], rounds: int | None
+    workload: Workload, contestants: Mapping[str, Contestant[Any]], rounds: int | None
 ) -> Comparison:
-    problem = workload.case.problem()
-    gate = Gate(problem, workload)
-    ready: dict[str, tuple[Contestant, Runner, Accuracy]] = {}
+    task = workload.task()
+    gate = Gate(task.expected(), workload.id)
+    ready: dict[str, tuple[Contestant[Any], Runner, Accuracy | None]] = {}
     absent: dict[str, str] = {}
-    for name in workload.contestants:
+    for name in workload.competing():
         contestant = contestants[name]
-        if not contestant.applies_to(workload):
-            continue
         try:
-            ready[name] = (contestant, *_admit(contestant, problem, workload, gate))
+            ready[name] = (contestant, *_admit(contestant, task, workload, gate))
         except (GateError, Unavailable) as error:
             if name == "seqkernels" or (contestant.ours and isinstance(error, GateError)):
                 raise
@@ -162,7 +161,6 @@ def _compare(
         rounds=rounds,
     )
     variant = ready["seqkernels"][1].note
-    packed = packed_weights(problem, workload) if variant.startswith("cpu/") else None
     return Comparison(
         workload,
         {
@@ -171,18 +169,20 @@ def _compare(
         },
         absent,
         variant,
-        None if packed is None else packed.workspace_bytes(workload.case.length, 0),
+        task.workspace_bytes(workload.isa) if variant.startswith("cpu/") else None,
     )
 
 
 def _admit(
-    contestant: Contestant, problem: EncoderProblem, workload: Workload, gate: Gate
-) -> tuple[Runner, Accuracy]:
+    contestant: Contestant[Any], task: Task, workload: Workload, gate: Gate
+) -> tuple[Runner, Accuracy | None]:
     """Prepare a contestant and check what it computes."""
     with warnings.catch_warnings():
         if not contestant.ours:  # of ours a valid call gives no warning
             warnings.simplefilter("ignore")
-        runner = contestant.prepare(problem, workload)
+        runner = contestant.prepare(task, workload)
+        if contestant.yardstick:
+            return runner, None
         with runner.around():
             out = runner.tensor(runner.call())
         return runner, gate.check(contestant.title, out, ours=contestant.ours)

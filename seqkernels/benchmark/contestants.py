@@ -1,6 +1,6 @@
 """Who competes: seqkernels as a swapped model calls it, and what its user could run instead.
 
-A contestant gets the problem's values in the dtype it reads natively, converted before the clock
+A contestant gets the task's values in the dtype it reads natively, converted before the clock
 starts. All run on the threads that torch is set to.
 """
 
@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import seqkernels.nn
 from seqkernels import backends, settings
 from seqkernels.backends import cpu
-from seqkernels.backends.encoder_weights import LAYOUT as ENCODER_WEIGHTS
-from seqkernels.benchmark.workloads import Workload
-from seqkernels.testing import EncoderCase, EncoderProblem
+from seqkernels.benchmark.workload import Task, Workload, without_fast_path
 
 
 class Unavailable(Exception):
@@ -43,7 +39,7 @@ class Runner:
     note : str
         What ran, for the report.
     tensor : callable
-        Turns what ``call`` returned into the output [B, L, D].
+        Turns what ``call`` returned into the output as the workload has it.
     """
 
     call: Callable[[], Any]
@@ -52,53 +48,31 @@ class Runner:
     tensor: Callable[[Any], Tensor] = lambda out: out
 
 
-class Contestant(ABC):
-    """One way to compute a workload."""
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+class Contestant(ABC, Generic[AnyTask]):
+    """One way to compute a task.
+
+    Attributes
+    ----------
+    name, title : str
+        In results files, and in reports.
+    ours : bool
+        Whether it is seqkernels, which the rule for its numerics then applies to.
+    yardstick : bool
+        Whether it computes something else, which is told beside the others and is nobody's rival:
+        a copy of the same bytes, or a part of the whole. Its output is not checked.
+    """
 
     name: str
     title: str
     ours = False
-
-    def applies_to(self, workload: Workload) -> bool:
-        """Whether it has anything to say there."""
-        return True
+    yardstick = False
 
     @abstractmethod
-    def prepare(self, problem: EncoderProblem, workload: Workload) -> Runner:
+    def prepare(self, task: AnyTask, workload: Workload) -> Runner:
         """Build what is timed; raise ``Unavailable`` if that cannot be."""
-
-
-def stock_encoder(
-    case: EncoderCase, problem: EncoderProblem, dtype: torch.dtype, *, nested: bool
-) -> nn.TransformerEncoder:
-    """``torch.nn.TransformerEncoder`` with the problem's weights, in eval mode.
-
-    Parameters
-    ----------
-    nested : bool
-        Its ``enable_nested_tensor``: with a mask, whether its fast path packs the valid events.
-    """
-    activation: Any = case.activation
-    if activation not in ("relu", "gelu"):
-        raise ValueError(f"case: activation: expected relu or gelu, got {activation!r}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nested tensors are off, for odd nhead or norm_first
-        layer = nn.TransformerEncoderLayer(
-            case.d_model,
-            case.nhead,
-            case.dim_feedforward,
-            dropout=0.0,
-            activation=activation,
-            layer_norm_eps=case.layer_norm_eps,
-            batch_first=True,
-            norm_first=case.norm_first,
-            bias=case.bias,
-        )
-        norm = nn.LayerNorm(case.d_model, case.final_norm_eps) if case.final_norm else None
-        model = nn.TransformerEncoder(layer, case.num_layers, norm, enable_nested_tensor=nested)
-    present = [w for w in problem.weights if w is not None]
-    model.load_state_dict(dict(zip(model.state_dict(), present, strict=True)))
-    return model.to(dtype).eval()
 
 
 def chosen_isa(forced: str | None) -> str | None:
@@ -125,138 +99,74 @@ def chosen_isa(forced: str | None) -> str | None:
 
 
 @contextmanager
-def _forced(isa: str | None) -> Iterator[None]:
+def forced(isa: str | None) -> Iterator[None]:
+    """Inference on this instruction set; None: on the best."""
     with torch.inference_mode(), settings.override(isa=isa):
         yield
 
 
-class Seqkernels(Contestant):
-    """The module that ``swap`` puts in place of torch's."""
+class Seqkernels(Contestant[Task]):
+    """What a user of seqkernels runs. ``dtype`` is that of input and output, None: the task's."""
 
     ours = True
 
-    def __init__(self, name: str, title: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, title: str, dtype: torch.dtype | None = None) -> None:
         self.name, self.title, self.dtype = name, title, dtype
 
-    def prepare(self, problem: EncoderProblem, workload: Workload) -> Runner:
-        """Its output at padded positions is what the case says."""
+    def prepare(self, task: Task, workload: Workload) -> Runner:
+        """Call it once, which packs the weights."""
         chosen_isa(workload.isa)
-        stock = stock_encoder(workload.case, problem, self.dtype, nested=True)
-        module = seqkernels.nn.TransformerEncoder.from_torch(
-            stock, padded_output=workload.case.padding
-        ).eval()
-        x, mask = problem.x.to(self.dtype), problem.key_padding_mask
+        module, inputs = task.ours(self.dtype or task.dtype)
         before = backends.calls.copy()
-        with _forced(workload.isa):
-            module(x, src_key_padding_mask=mask)
-        ran = ", ".join(backends.calls - before)
-        return Runner(
-            call=lambda: module(x, src_key_padding_mask=mask),
-            around=lambda: _forced(workload.isa),
-            note=ran,
-        )
+        with forced(workload.isa):
+            module(**inputs)
+        ran = ", ".join(sorted(backends.calls - before))
+        return Runner(lambda: module(**inputs), lambda: forced(workload.isa), ran)
 
 
-class Kernel(Contestant):
-    """The native call alone, on arguments made beforehand: what a module's call adds is known."""
+class Eager(Contestant[Task]):
+    """Torch's modules as they are, on their fast paths where they have any."""
 
-    name, title = "seqkernels_kernel", "seqkernels, native call alone"
-    ours = True
-
-    def prepare(self, problem: EncoderProblem, workload: Workload) -> Runner:
-        """Write one output over and over."""
-        packed = packed_weights(problem, workload)
-        if packed is None:
-            raise Unavailable(str(cpu.import_error))
-        case, x, mask = workload.case, problem.x, problem.key_padding_mask
-        forward = packed.forward
-        out = torch.empty_like(x)
-        # Fusion and the summary are off; a bool mask is one byte an entry.
-        masking = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
-        padding = ("zero", "compute").index(case.padding)
-        arguments = (
-            *(x.data_ptr(), False, *x.shape[:2], *x.stride()[:2]),
-            *(0, 0, 0, *masking, 0, 0, padding, False, -1, False),
-            *(out.data_ptr(), *out.stride()[:2], workload.num_threads),
-        )
-
-        def call() -> Tensor:
-            forward(*arguments)
-            return out
-
-        return Runner(call, note=f"cpu/{packed.isa}")
-
-
-def packed_weights(problem: EncoderProblem, workload: Workload) -> Any:
-    """The native object that holds the problem's weights, packed as seqkernels would, or None."""
-    isa = chosen_isa(workload.isa)
-    if isa is None:
-        return None
-    options = backends.EncoderOptions(
-        *(problem.options[name] for name in backends.EncoderOptions._fields)
-    )
-    weight_set = backends.lookup(ENCODER_WEIGHTS, problem.weights)
-    return cpu._pack(problem.weights, weight_set, options, isa)
-
-
-class Eager(Contestant):
-    """``torch.nn.TransformerEncoder`` as it is, on its fast path."""
-
-    def __init__(self, name: str, title: str, dtype: torch.dtype, *, nested: bool) -> None:
+    def __init__(
+        self, name: str, title: str, dtype: torch.dtype | None = None, *, nested: bool = True
+    ) -> None:
         self.name, self.title, self.dtype, self.nested = name, title, dtype, nested
 
-    def applies_to(self, workload: Workload) -> bool:
-        """Without a mask there is nothing that nested tensors would change."""
-        return self.nested or workload.masked
-
-    def prepare(self, problem: EncoderProblem, workload: Workload) -> Runner:
+    def prepare(self, task: Task, workload: Workload) -> Runner:
         """Call torch's module."""
-        model = stock_encoder(workload.case, problem, self.dtype, nested=self.nested)
-        x, mask = problem.x.to(self.dtype), problem.key_padding_mask
-        return Runner(lambda: model(x, src_key_padding_mask=mask))
+        module, inputs = task.stock(self.dtype or task.dtype, nested=self.nested)
+        return Runner(lambda: module(**inputs), tensor=task.whole)
 
 
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """The fused layer of torch is one opaque op, in which a compiler finds nothing to do."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+class Compiled(Contestant[Task]):
+    """``torch.compile`` of torch's module: one graph, inductor's default settings."""
 
+    def __init__(self, name: str, title: str, dtype: torch.dtype | None = None) -> None:
+        self.name, self.title, self.dtype = name, title, dtype
 
-class Compiled(Contestant):
-    """``torch.compile`` of torch's module in bf16: one graph, inductor's default settings."""
-
-    name, title = "compile_bf16", "torch.compile bf16"
-
-    def prepare(self, problem: EncoderProblem, workload: Workload) -> Runner:
+    def prepare(self, task: Task, workload: Workload) -> Runner:
         """Compile for this shape, or for all shapes of a sweep."""
-        model = stock_encoder(workload.case, problem, torch.bfloat16, nested=False)
+        module, inputs = task.stock(self.dtype or task.dtype)
         if not workload.dynamic:
             torch._dynamo.reset()  # a limit on recompilations would end in eager mode
-        compiled = torch.compile(model, fullgraph=True, dynamic=workload.dynamic)
-        x, mask = problem.x.to(torch.bfloat16), problem.key_padding_mask
+        compiled = torch.compile(module, fullgraph=True, dynamic=workload.dynamic)
         begin = time.perf_counter()
-        with _without_fast_path():
-            compiled(x, src_key_padding_mask=mask)
+        with without_fast_path():
+            compiled(**inputs)
         shapes = "dynamic" if workload.dynamic else "static"
         return Runner(
-            lambda: compiled(x, src_key_padding_mask=mask),
-            _without_fast_path,
+            lambda: compiled(**inputs),
+            without_fast_path,
             f"{shapes} shapes, prepared in {time.perf_counter() - begin:.0f} s",
         )
 
 
-class OpenVino(Contestant):
+class OpenVino(Contestant[Task]):
     """The module converted for OpenVINO's CPU plugin, bf16 where the plugin has it."""
 
     name, title = "openvino_bf16", "OpenVINO bf16"
 
-    def prepare(self, problem: EncoderProblem, workload: Workload) -> Runner:
+    def prepare(self, task: Task, workload: Workload) -> Runner:
         """Static shapes, one stream on all threads, inputs and output in shared memory."""
         # Conversion would send usage statistics over the network; without this module it does not.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -265,15 +175,12 @@ class OpenVino(Contestant):
         except ImportError as error:
             raise Unavailable(f"{error}; pip install 'seqkernels[bench]'") from None
 
-        model = stock_encoder(workload.case, problem, torch.float32, nested=False)
-        inputs = {"src": problem.x}
-        if problem.key_padding_mask is not None:
-            inputs["src_key_padding_mask"] = problem.key_padding_mask
+        module, inputs = task.stock(torch.float32)
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with torch.no_grad():
-                converted = openvino.convert_model(torch.export.export(model, (), inputs))
+                converted = openvino.convert_model(torch.export.export(module, (), inputs))
         finally:
             torch.backends.mha.set_fastpath_enabled(before)
         converted.reshape({name: list(t.shape) for name, t in inputs.items()})
@@ -295,10 +202,11 @@ class OpenVino(Contestant):
         request = compiled.create_infer_request()
         for name, t in inputs.items():
             request.set_tensor(name, openvino.Tensor(t.numpy(), shared_memory=True))
-        out = torch.empty_like(problem.x)
+        out = torch.empty(tuple(compiled.output(0).shape))
         request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
 
         def call() -> Tensor:
+            assert inputs  # it reads their memory
             request.start_async()
             request.wait()
             return out
@@ -308,16 +216,6 @@ class OpenVino(Contestant):
         return Runner(call, note=f"static shapes, computes in {precision}{told}")
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    contestant.name: contestant
-    for contestant in (
-        Seqkernels("seqkernels", "seqkernels", torch.float32),
-        Seqkernels("seqkernels_bf16", "seqkernels, bf16 in/out", torch.bfloat16),
-        Kernel(),
-        Eager("eager_fp32", "torch eager fp32", torch.float32, nested=True),
-        Eager("eager_bf16", "torch eager bf16", torch.bfloat16, nested=True),
-        Eager("eager_bf16_padded", "torch eager bf16, padded", torch.bfloat16, nested=False),
-        Compiled(),
-        OpenVino(),
-    )
-}
+def by_name(*contestants: Contestant[Any]) -> dict[str, Contestant[Any]]:
+    """The rivals of a kind of workload."""
+    return {contestant.name: contestant for contestant in contestants}

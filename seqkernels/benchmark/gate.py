@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from seqkernels.benchmark.workloads import Workload
-from seqkernels.testing import EncoderProblem, assert_close_to_oracle
+from seqkernels.benchmark.workload import Expected
+from seqkernels.testing import assert_close_to_oracle
 
-#: Sequences of the output that are held against fp64, from both ends of the batch.
-ROWS = 8
 #: What a peer may do: larger than the rule for ourselves, since a peer may round at more places
 #: than the yardstick, and far below what any mistake would cost.
 PEER_MAX_RULE = 4.0
@@ -26,14 +22,14 @@ class GateError(AssertionError):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Error against fp64 over that of torch's own bf16 run, on the valid events checked.
+    """Error against fp64 over that of torch's own run in low precision, on the values checked.
 
     Attributes
     ----------
     max_ratio, mean_ratio : float
-        Of the largest and of the mean absolute error over all sequences together.
+        Of the largest and of the mean absolute error over all groups together.
     worst_max_ratio, worst_mean_ratio : float
-        The largest of the ratios of single sequences.
+        The largest of the ratios of single groups: sequences, or what else the rule holds for.
     """
 
     max_ratio: float
@@ -43,63 +39,48 @@ class Accuracy:
 
 
 class Gate:
-    """Knows the right result of a workload on some of its sequences.
+    """Knows the right result of a workload on some of its rows.
 
     Parameters
     ----------
-    problem : EncoderProblem
-    workload : Workload
+    expected : Expected
+        What is right.
+    label : str
+        The workload's name, for messages.
 
     Examples
     --------
-    >>> from seqkernels.benchmark import Gate, Workload
-    >>> from seqkernels.testing import EncoderCase
-    >>> workload = Workload("small", "doc", EncoderCase(batch=2, length=16))
-    >>> problem = workload.case.problem()
-    >>> Gate(problem, workload).check("fp32", problem.reference(torch.float32)).max_ratio < 0.1
+    >>> import torch
+    >>> from seqkernels.benchmark import Expected, Gate
+    >>> g = torch.randn(4, 100, dtype=torch.float64)
+    >>> gate = Gate(Expected((4, 100), torch.arange(4), g, g.bfloat16().double()), "doc")
+    >>> gate.check("fp32", g.float()).max_ratio < 0.1
     True
     """
 
-    def __init__(self, problem: EncoderProblem, workload: Workload) -> None:
-        self.workload = workload
-        batch = len(problem.x)
-        half = min(ROWS, batch) // 2
-        self.rows = [*range(min(ROWS, batch) - half), *range(batch - half, batch)]
-        mask = problem.key_padding_mask
-        some = dataclasses.replace(
-            problem,
-            x=problem.x[self.rows],
-            key_padding_mask=None if mask is None else mask[self.rows],
-        )
-        self.shape = problem.x.shape
-        self.golden, self.low = some.golden(), some.low_precision().double()
-        self.valid = torch.ones(some.x.shape[:2], dtype=torch.bool)
-        if some.key_padding_mask is not None:
-            self.valid = ~some.key_padding_mask
+    def __init__(self, expected: Expected, label: str) -> None:
+        self.expected, self.label = expected, label
 
     def check(self, name: str, out: Tensor, *, ours: bool = False) -> Accuracy:
-        """Hold an output [B, L, D] against fp64.
+        """Hold an output against fp64.
 
-        Ours has to meet the rule of ``seqkernels.testing.assert_close_to_oracle``, at padded
-        positions too. Of a peer only the valid positions count, since what padded ones hold is its
-        own affair; torch's fast path even drops those that no sequence fills.
+        Ours has to meet the rule of ``seqkernels.testing.assert_close_to_oracle`` everywhere. Of a
+        peer only what ``counts`` counts: what padded positions hold is its own affair.
 
         Raises
         ------
         GateError
             If the result is wrong.
         """
-        label = f"{self.workload.id}: {name}"
-        if not ours and out.dim() == 3 and out.shape[1] < self.shape[1]:
-            out = F.pad(out, (0, 0, 0, self.shape[1] - out.shape[1]))
-        if out.shape != self.shape:
+        label, expected = f"{self.label}: {name}", self.expected
+        if out.shape != expected.shape:
             raise GateError(
-                f"{label}: expected an output of shape {tuple(self.shape)}, got {tuple(out.shape)}"
+                f"{label}: expected an output of shape {expected.shape}, got {tuple(out.shape)}"
             )
-        picked = out[self.rows].double()
+        picked = out[expected.rows].double()
         if ours:
             try:
-                assert_close_to_oracle(picked, self.golden, self.low, label=label)
+                assert_close_to_oracle(picked, expected.golden, expected.low_precision, label=label)
             except AssertionError as error:
                 raise GateError(str(error)) from None
             if not out.isfinite().all():
@@ -109,24 +90,23 @@ class Gate:
             accuracy.max_ratio <= PEER_MAX_RULE and accuracy.mean_ratio <= PEER_MEAN_RULE
         ):
             raise GateError(
-                f"{label}: error against fp64 is {accuracy.max_ratio:.3g} times that of bf16 at "
+                f"{label}: error against fp64 is {accuracy.max_ratio:.3g} times that of torch at "
                 f"most and {accuracy.mean_ratio:.3g} times on average (allowed {PEER_MAX_RULE:g}, "
                 f"{PEER_MEAN_RULE:g})"
             )
         return accuracy
 
     def _accuracy(self, picked: Tensor) -> Accuracy:
-        ours, theirs = (
-            (t - self.golden).abs().amax(-1).masked_fill(~self.valid, 0.0)
-            for t in (picked, self.low)
-        )  # [rows, L]
-        ours_mean, theirs_mean = (
-            (t - self.golden).abs().mean(-1).masked_fill(~self.valid, 0.0)
-            for t in (picked, self.low)
-        )
+        def errors(t: Tensor) -> Tensor:
+            found = (t - self.expected.golden).abs()
+            if self.expected.counts is not None:
+                found = torch.where(self.expected.counts, found, 0.0)
+            return found.flatten(1)  # [groups, values]
+
+        ours, theirs = errors(picked), errors(self.expected.low_precision)
         return Accuracy(
             float(ours.amax() / theirs.amax()),
-            float(ours_mean.sum() / theirs_mean.sum()),
+            float(ours.sum() / theirs.sum()),
             float((ours.amax(1) / theirs.amax(1)).amax()),
-            float((ours_mean.sum(1) / theirs_mean.sum(1)).amax()),
+            float((ours.sum(1) / theirs.sum(1)).amax()),
         )

@@ -13,9 +13,9 @@ from rich.console import Console
 from seqkernels import tables
 from seqkernels.benchmark import (
     Comparison,
+    EncoderWorkload,
     GateError,
     Unavailable,
-    Workload,
     compare,
     machine_info,
     uniform_lengths,
@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print a table; 1 if a result is wrong or what was forced cannot run."""
     try:
-        comparison = compare(_workload(arguments), rounds=arguments.rounds)
+        workload = _workload(arguments)
+        comparison = compare(workload, rounds=arguments.rounds)
     except (GateError, Unavailable, ValueError) as error:
         print(f"seqkernels bench: {error}", file=sys.stderr)
         return 1
@@ -72,11 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         made = {"machine": info, "comparison": comparison.as_dict()}
         arguments.json.write_text(json.dumps(made, indent=1) + "\n")
-    _show(comparison, info)
+    _show(workload, comparison, info)
     return 0
 
 
-def _workload(arguments: argparse.Namespace) -> Workload:
+def _workload(arguments: argparse.Namespace) -> EncoderWorkload:
     d_model, nhead, length = arguments.d_model, arguments.nhead, arguments.length
     if d_model % nhead:
         raise ValueError(f"--nhead: expected a divisor of {d_model} (--d-model), got {nhead}")
@@ -102,22 +103,23 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         # as torch's module, which cannot pack the events of such models
         padding="compute" if nhead % 2 or arguments.norm_first else "zero",
     )
-    return Workload(
-        "yours",
-        "yours",
-        case,
-        ("seqkernels", "seqkernels_bf16", *peers),
+    return EncoderWorkload(
+        id="yours",
+        group="yours",
+        case=case,
+        contestants=("seqkernels", "seqkernels_bf16", *peers),
         threads=arguments.threads,
         isa=arguments.isa,
         seconds=10.0,
     )
 
 
-def _show(comparison: Comparison, info: dict[str, object]) -> None:
-    workload, case = comparison.workload, comparison.workload.case
+def _show(workload: EncoderWorkload, comparison: Comparison, info: dict[str, object]) -> None:
+    case = workload.case
     rows = []
     for name, result in comparison.results.items():
         time, accuracy = result.samples.spread, result.accuracy
+        assert accuracy is not None  # there is no yardstick among them
         rows.append(
             (
                 result.contestant.title,

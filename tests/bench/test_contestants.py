@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from seqkernels.backends import cpu
-from seqkernels.benchmark import CONTESTANTS, Unavailable, compare
+from seqkernels.benchmark import Unavailable, Workload, compare
 from seqkernels.testing import EncoderCase
-from tests.bench.planted import MASKED, workload
+from tests.bench.planted import LINEAR, MASKED, NORM, RANKER, RIVALS, workload
 
 DENSE = EncoderCase(batch=2, length=16, nhead=3, final_norm=True)
 SMALL = dataclasses.replace(MASKED, num_layers=1)
@@ -30,16 +30,23 @@ def test_torch_and_ours(case: EncoderCase) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
 )
-def test_openvino() -> None:
-    comparison = compare(workload("seqkernels", "openvino_bf16", case=SMALL), rounds=1)
+@pytest.mark.parametrize("asked", [workload(case=SMALL), LINEAR, RANKER], ids=lambda w: w.kind)
+def test_openvino(asked: Workload) -> None:
+    names = ("seqkernels", "openvino_bf16")
+    comparison = compare(dataclasses.replace(asked, contestants=names), rounds=1)
     assert not comparison.absent
     assert "computes in" in comparison.results["openvino_bf16"].note
 
 
-def test_torch_compile() -> None:
-    comparison = compare(workload("seqkernels", "compile_bf16", case=SMALL), rounds=1)
+@pytest.mark.parametrize(
+    ("asked", "peer"),
+    [(workload(case=SMALL), "compile_bf16"), (NORM, "compile"), (LINEAR, "compile_bf16")],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_torch_compile(asked: Workload, peer: str) -> None:
+    comparison = compare(dataclasses.replace(asked, contestants=("seqkernels", peer)), rounds=1)
     assert not comparison.absent
-    assert comparison.results["compile_bf16"].note.startswith("static shapes, prepared in")
+    assert comparison.results[peer].note.startswith("static shapes, prepared in")
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -69,10 +76,10 @@ def test_threads_are_set_and_restored() -> None:
     seen = []
     asked = dataclasses.replace(workload("seqkernels"), threads=2)
 
-    class Spy(type(CONTESTANTS["seqkernels"])):
-        def prepare(self, problem, workload):
+    class Spy(type(RIVALS["seqkernels"])):
+        def prepare(self, task, workload):
             seen.append(torch.get_num_threads())
-            return super().prepare(problem, workload)
+            return super().prepare(task, workload)
 
     compare(asked, contestants={"seqkernels": Spy("seqkernels", "", torch.float32)}, rounds=1)
     assert seen == [2]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from seqkernels.benchmark import Gate, GateError, compare
-from tests.bench.planted import MASKED, Broken, Faulty, workload
+from seqkernels.testing import EncoderCase
+from tests.bench.planted import MASKED, RIVALS, Broken, Faulty, workload
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +21,12 @@ def problem():
 
 
 @pytest.fixture(scope="module")
-def gate(problem) -> Gate:
-    return Gate(problem, workload("seqkernels"))
+def gate() -> Gate:
+    return encoder_gate()
+
+
+def encoder_gate(case: EncoderCase = MASKED) -> Gate:
+    return Gate(workload("seqkernels", case=case).task().expected(), "planted")
 
 
 def one_wrong(out: Tensor) -> Tensor:
@@ -65,23 +71,19 @@ def test_a_wrong_result_of_a_peer_is_refused(problem, gate, fault: Callable) -> 
         gate.check("peer", fault(problem.reference(torch.float32)))
 
 
-def test_what_a_peer_leaves_at_padded_positions_is_its_own_affair(problem) -> None:
-    case = workload("seqkernels").case
+def test_what_a_peer_leaves_at_padded_positions_is_its_own_affair(problem, gate) -> None:
     exact = problem.reference(torch.float32)
-    gate = Gate(problem, workload("seqkernels"))
     garbage = exact.masked_fill(problem.key_padding_mask.unsqueeze(-1), math.nan)
     assert gate.check("garbage", garbage).max_ratio < 0.01
-    shorter = case.__class__(batch=2, length=24, mask="right", valid=(20, 16)).problem()
-    gate = Gate(shorter, workload("seqkernels"))
-    assert gate.check("cut", shorter.reference(torch.float32)[:, :20]).max_ratio < 0.01
+    shorter = workload("seqkernels", case=replace(MASKED, batch=2, valid=(20, 16))).task()
+    cut = shorter.problem.reference(torch.float32)[:, :20]
+    gate = Gate(shorter.expected(), "planted")
+    assert gate.check("cut", shorter.whole(cut)).max_ratio < 0.01
 
 
 def test_both_ends_of_a_large_batch_are_checked() -> None:
-    case = MASKED.__class__(batch=100, length=16)
-    assert Gate(case.problem(), workload("seqkernels", case=case)).rows == [
-        *range(4),
-        *range(96, 100),
-    ]
+    gate = encoder_gate(EncoderCase(batch=100, length=16))
+    assert gate.expected.rows.tolist() == [*range(4), *range(96, 100)]
 
 
 def test_there_is_no_comparison_if_ours_is_wrong() -> None:
@@ -89,8 +91,8 @@ def test_there_is_no_comparison_if_ours_is_wrong() -> None:
         compare(
             workload("seqkernels", "eager_fp32"),
             contestants={
-                "seqkernels": Faulty("seqkernels", one_wrong),
-                "eager_fp32": Faulty("eager_fp32"),
+                "seqkernels": Faulty(RIVALS["seqkernels"], one_wrong),
+                "eager_fp32": Faulty(RIVALS["eager_fp32"]),
             },
             rounds=1,
         )
@@ -100,14 +102,14 @@ def test_a_peer_that_is_wrong_or_fails_is_listed_and_not_timed() -> None:
     comparison = compare(
         workload("seqkernels", "wrong", "broken", "right"),
         contestants={
-            "seqkernels": Faulty("seqkernels"),
-            "wrong": Faulty("eager_fp32", one_wrong),
+            "seqkernels": Faulty(RIVALS["seqkernels"]),
+            "wrong": Faulty(RIVALS["eager_fp32"], one_wrong),
             "broken": Broken(),
-            "right": Faulty("eager_fp32"),
+            "right": Faulty(RIVALS["eager_fp32"]),
         },
         rounds=2,
     )
     assert set(comparison.results) == {"seqkernels", "right"}
-    assert "times that of bf16" in comparison.absent["wrong"]
+    assert "times that of torch" in comparison.absent["wrong"]
     assert comparison.absent["broken"] == "RuntimeError: does not work here"
     assert comparison.fastest_peer() == "right"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from seqkernels.benchmark.workloads import PEERS
+import torch
 
 from bench.registry import REGISTRY, SHAPES, shrunk
 from bench.verdicts import judge
-from seqkernels.benchmark import CONTESTANTS, compare
+from seqkernels.benchmark import compare
+from seqkernels.benchmark.kinds.encoder import PEERS
 from tests.bench.planted import Faulty
 
 BY_ID = {entry.workload.id: entry for entry in REGISTRY}
@@ -18,10 +19,11 @@ BY_ID = {entry.workload.id: entry for entry in REGISTRY}
 def test_ids_are_unique_and_contestants_exist() -> None:
     assert len(BY_ID) == len(REGISTRY)
     for entry in REGISTRY:
-        assert set(entry.workload.contestants) <= set(CONTESTANTS)
+        rivals = entry.workload.rivals
+        assert set(entry.workload.contestants) <= set(rivals)
         assert entry.workload.contestants[0] == "seqkernels"
         assert entry.bars
-        assert all(bar.over is None or bar.over in CONTESTANTS for bar in entry.bars)
+        assert all(bar.over is None or bar.over in rivals for bar in entry.bars)
 
 
 def test_key_workloads() -> None:
@@ -52,6 +54,28 @@ def test_sweeps_shapes_and_instruction_sets() -> None:
     assert [w.isa for w in _group("isa")] == ["avx512", "avx2"]
 
 
+def test_batch_norm_linear_and_ranker() -> None:
+    norms = _group("batch_norm")
+    assert [(w.rows, w.channels) for w in norms] == [(65536, 256)] * 2
+    assert [w.dtype for w in norms] == [torch.float32, torch.bfloat16]
+    (linear,) = _group("linear")
+    assert (linear.rows, linear.in_features, linear.out_features) == (4096, 512, 512)
+    assert linear.sizes()["multiply_adds"] == 4096 * 512 * 512
+    rankers = _group("ranker")
+    assert [(w.batch, w.masked) for w in rankers] == [
+        (32, True),
+        (256, True),
+        (2048, True),
+        (256, False),
+    ]
+    for ranker in rankers:
+        config, lengths = ranker.config, ranker.valid_lengths()
+        assert (config.d_model, config.num_layers, ranker.length) == (96, 2, 100)
+        assert set(lengths) <= (set(range(20, 101)) if ranker.masked else {100})
+    for workload in (*norms, linear, *rankers):
+        assert set(workload.contestants) == set(workload.rivals)
+
+
 def test_multiply_adds() -> None:
     """12.4 MFLOP a layer and sequence at the TransAct shape; two FLOP each."""
     dense, masked = BY_ID["transact/dense"].workload, BY_ID["transact/masked"].workload
@@ -64,7 +88,8 @@ def test_multiply_adds() -> None:
 @pytest.mark.parametrize("name", ["transact/masked", "shapes/d64-h1-f32-l256/masked"])
 def test_a_small_copy_runs_and_a_slow_one_misses_its_bar(name: str) -> None:
     entry = shrunk(BY_ID[name])
-    contestants = {**CONTESTANTS, "seqkernels": Faulty("seqkernels", delay=0.02)}
+    rivals = entry.workload.rivals
+    contestants = {**rivals, "seqkernels": Faulty(rivals["seqkernels"], delay=0.02)}
     narrow = dataclasses.replace(entry.workload, contestants=("seqkernels", "eager_fp32"))
     slow = compare(narrow, contestants=contestants, rounds=2)
     speed = [v for v in judge({name: slow.as_dict()}) if "fastest" in v.bar]

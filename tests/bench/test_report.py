@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra [be
 from bench import floor, report
 from bench.registry import REGISTRY
 from bench.verdicts import judge
+from seqkernels.benchmark import KINDS, Contestant
 
 INFO = {
     "commit": "0" * 40,
@@ -34,40 +35,49 @@ INFO = {
 }
 
 
-def result(title: str, seconds: float, speedup: float, ours: bool) -> dict[str, Any]:
-    def spread(value: float) -> dict[str, float]:
-        return {"q20": 0.9 * value, "median": value, "q80": 1.1 * value}
+def spread(value: float) -> dict[str, float]:
+    return {"q20": 0.9 * value, "median": value, "q80": 1.1 * value}
 
+
+def result(rival: Contestant, seconds: float, speedup: float) -> dict[str, Any]:
+    names = ("max_ratio", "mean_ratio", "worst_max_ratio", "worst_mean_ratio")
     return {
-        "title": title,
-        "ours": ours,
-        "note": "cpu/amx_bf16" if ours else "",
-        "accuracy": dict.fromkeys(
-            ("max_ratio", "mean_ratio", "worst_max_ratio", "worst_mean_ratio"), 0.5
-        ),
+        "title": rival.title,
+        "ours": rival.ours,
+        "yardstick": rival.yardstick,
+        "note": "cpu/amx_bf16" if rival.ours else "",
+        "accuracy": None if rival.yardstick else dict.fromkeys(names, 0.5),
         "rounds": 5,
         "calls_per_sample": 1,
         "time": spread(seconds),
         "speedup": spread(speedup),
+        "speedup_of": dict.fromkeys(("seqkernels", "seqkernels_kernel"), spread(speedup)),
     }
 
 
 def comparisons() -> dict[str, dict[str, Any]]:
+    """Each peer takes 13 times as long as seqkernels, a copy as long."""
     made = {}
     for entry in REGISTRY:
-        workload = entry.workload.describe() | {"threads": entry.workload.threads or 2}
-        seconds = 25e-6 * entry.workload.case.batch
+        rivals = entry.workload.rivals
+        described = entry.workload.describe() | {"threads": entry.workload.threads or 2}
+        seconds = 25e-6 * described["batch"]
+        peer = "eager" if "eager" in rivals else "eager_fp32"
+        timed = {name: 13.0 for name in entry.workload.contestants if name != "openvino_bf16"}
+        absent = {"openvino_bf16": "not installed"}
+        if described["kind"] == "ranker":
+            timed, absent = timed | {"openvino_bf16": 13.0}, {}
+        for name in timed:
+            if rivals[name].ours or rivals[name].yardstick:
+                timed[name] = 1.0
         made[entry.workload.id] = {
-            "workload": workload,
+            "workload": described,
             "variant": "cpu/" + (entry.workload.isa or "amx_bf16"),
-            "workspace_bytes": 500_000,
-            "fastest_peer": "eager_fp32",
-            "outside_kernel": {"q20": 1e-5, "median": 2e-5, "q80": 3e-5},
-            "absent": {"openvino_bf16": "not installed"},
-            "results": {
-                "seqkernels": result("seqkernels", seconds, 1.0, True),
-                "eager_fp32": result("torch eager fp32", 13 * seconds, 13.0, False),
-            },
+            "workspace_bytes": 500_000 if described["kind"] == "encoder" else None,
+            "fastest_peer": peer,
+            "outside_kernel": spread(2e-5) if "seqkernels_kernel" in timed else None,
+            "absent": absent,
+            "results": {n: result(rivals[n], t * seconds, t) for n, t in timed.items()},
         }
     return made
 
@@ -104,7 +114,21 @@ def test_each_bar_can_be_missed() -> None:
         "transact/one",
         "isa/avx2",
         "batch/32, batch/1024",
-        "all on AMX",
+        "all encoders on AMX",
+    ]
+
+    one = copy.deepcopy(found)
+    results = one["batch_norm/bf16"]["results"]
+    results["copy_new"]["speedup_of"]["seqkernels"]["median"] = 1 / 1.16
+    results["copy_into"]["speedup_of"]["seqkernels_kernel"]["median"] = 1 / 1.14
+    one["linear/k512-f512"]["results"]["eager_bf16"]["speedup"]["median"] = 1.4
+    one["ranker/256"]["results"]["eager_fp32"]["speedup"]["median"] = 3.9
+    one["ranker/256"]["results"]["openvino_bf16"]["speedup"]["median"] = 0.9
+    assert missed(one) == [
+        ("batch_norm/bf16", "1.16 (0.91 to 1.11) x"),
+        ("linear/k512-f512", "1.40 (11.70 to 14.30) x torch eager bf16"),
+        ("ranker/256", "3.90 (11.70 to 14.30) x torch eager fp32"),
+        ("ranker/256", "0.90 (11.70 to 14.30) x OpenVINO bf16"),
     ]
 
     one = copy.deepcopy(found)
@@ -144,15 +168,31 @@ def test_report(tmp_path: Path, strict: bool, slow: bool, code: int) -> None:
     assert report.main(arguments) == code
 
     text = (tmp_path / "out" / "README.md").read_text()
-    assert text.startswith("# Encoder benchmark: Made-up(R) CPU @ 2 GHz, 2030-01-02")
+    assert text.startswith("# Benchmark: Made-up(R) CPU @ 2 GHz, 2030-01-02")
     assert "12.4" in text
     assert "openvino_bf16, not measured in transact/dense" in text
+    for kind in KINDS.values():
+        assert f"## {kind.title}" in text
+    assert "GB/s" in text
     assert ("**missed**" in text) == slow
     for name in ("time_by_length", "time_by_batch", "padding", "floor"):
         assert f"({name}.png)" in text
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(kept["comparisons"]) == set(found)
+
+
+def test_results_from_before_there_were_kinds() -> None:
+    found = {n: c for n, c in comparisons().items() if c["workload"]["kind"] == "encoder"}
+    then = copy.deepcopy(found)
+    for comparison in then.values():
+        del comparison["workload"]["kind"]
+        for measured in comparison["results"].values():
+            del measured["yardstick"], measured["speedup_of"]
+    assert judge(then) == judge(found)
+    date, floors = "2030-01-02", floor.machine(INFO)
+    texts = [report.markdown(date, INFO, c, judge(c), floors, []) for c in (then, found)]
+    assert texts[0] == texts[1]
 
 
 def test_slug() -> None:

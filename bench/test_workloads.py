@@ -15,7 +15,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.registry import REGISTRY, Entry
-from seqkernels.benchmark import CONTESTANTS, Comparison
+from seqkernels.benchmark import Comparison
 
 
 class ReplayClock:
@@ -35,14 +35,13 @@ CLOCK = ReplayClock()
 PAIRS = [
     pytest.param(entry, name, id=f"{entry.workload.id}-{name}")
     for entry in REGISTRY
-    for name in entry.workload.contestants
-    if CONTESTANTS[name].applies_to(entry.workload)
+    for name in entry.workload.competing()
 ]
 
 
 @pytest.mark.benchmark(timer=CLOCK.now)
 @pytest.mark.parametrize(("entry", "contestant"), PAIRS)
-def test_encoder(
+def test_workload(
     entry: Entry,
     contestant: str,
     measured: Callable[[Entry], Comparison],
