@@ -25,6 +25,9 @@ def test_large_layers_that_are_faster(speedup: dict[str, float]) -> None:
     speedup["value"] = 1.01
     assert not policy("mlp.0", nn.Linear(256, 128)).bf16
     assert PrecisionPolicy(min_speedup=1.0)("mlp.0", nn.Linear(256, 128)).bf16
+    assert policy("mlp.0", nn.Linear(256, 128).bfloat16()).bf16  # multiplies in bf16 anyway
+    speedup["value"] = 0.8
+    assert not policy("mlp.0", nn.Linear(256, 128).bfloat16()).bf16
 
 
 def test_what_is_small_or_last_stays(speedup: dict[str, float]) -> None:
