@@ -72,7 +72,7 @@ class EncoderWeights {
                int64_t candidate_stride, uintptr_t mask, int64_t mask_stride_b,
                int64_t mask_stride_l, uintptr_t lengths, int fusion, int padding, bool latest_last,
                int64_t latest_k, bool pool_max, uintptr_t out, int64_t out_stride_b,
-               int64_t out_stride_l, int num_threads) const {
+               int64_t out_stride_l, int num_threads, uintptr_t user_index, int64_t users) const {
     EncoderCall call;
     call.x = pointer<void>(x);
     call.is_bf16 = is_bf16;
@@ -96,8 +96,14 @@ class EncoderWeights {
     call.out_stride_b = out_stride_b;
     call.out_stride_l = out_stride_l;
     call.num_threads = num_threads;
+    call.user_index = pointer<int64_t>(user_index);
+    call.users = users;
     const py::gil_scoped_release release;
-    encoder_->forward(call);
+    if (call.user_index) {
+      encoder_->score_request(call);
+    } else {
+      encoder_->forward(call);
+    }
   }
 
  private:
@@ -126,7 +132,7 @@ void bind_encoder(py::module_& m) {
            py::arg("mask"), py::arg("mask_stride_b"), py::arg("mask_stride_l"), py::arg("lengths"),
            py::arg("fusion"), py::arg("padding"), py::arg("latest_last"), py::arg("latest_k"),
            py::arg("pool_max"), py::arg("out"), py::arg("out_stride_b"), py::arg("out_stride_l"),
-           py::arg("num_threads"));
+           py::arg("num_threads"), py::arg("user_index") = 0, py::arg("users") = 0);
 }
 
 }  // namespace seqkernels

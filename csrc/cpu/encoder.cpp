@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 
 #include "cpu/encoder_model.h"
@@ -60,8 +61,16 @@ void check_call(const EncoderShape& shape, const EncoderCall& call) {
     refuse("candidate: expected at most d_model = " + std::to_string(shape.d_model) +
            " columns, got " + std::to_string(call.candidate_dim));
   }
-  if (call.lengths) {
+  if (call.user_index) {
     for (int64_t b = 0; b < call.batch; ++b) {
+      if (call.user_index[b] < 0 || call.user_index[b] >= call.users) {
+        refuse("user_index: expected values in 0 .. " + std::to_string(call.users - 1) + ", got " +
+               std::to_string(call.user_index[b]) + " at index " + std::to_string(b));
+      }
+    }
+  }
+  if (call.lengths) {
+    for (int64_t b = 0; b < (call.user_index ? call.users : call.batch); ++b) {
       if (call.lengths[b] < 0 || call.lengths[b] > call.length) {
         refuse("lengths: expected values in 0 .. " + std::to_string(call.length) + ", got " +
                std::to_string(call.lengths[b]) + " at index " + std::to_string(b));
@@ -73,22 +82,23 @@ void check_call(const EncoderShape& shape, const EncoderCall& call) {
 // Which tokens of one sequence are valid.
 struct Validity {
   const EncoderCall& call;
-  int64_t index;
+  int64_t user;
   bool operator()(int64_t position) const {
     int64_t l = position;
     if (call.fusion == Fusion::kAppend) {
       if (position == (call.latest_last ? call.length : 0)) return true;
       if (!call.latest_last) --l;
     }
-    if (call.mask) return call.mask[index * call.mask_stride_b + l * call.mask_stride_l] == 0;
-    return !call.lengths || l < call.lengths[index];
+    if (call.mask) return call.mask[user * call.mask_stride_b + l * call.mask_stride_l] == 0;
+    return !call.lengths || l < call.lengths[user];
   }
 };
 
 // Fills `position` [T] and the rest of the task.
 SequenceTask plan_sequence(const EncoderCall& call, int64_t index, int32_t* position) {
   const int64_t tokens = tokens_of(call);
-  const Validity valid{call, index};
+  const int64_t user = call.user_index ? call.user_index[index] : index;
+  const Validity valid{call, user};
   const bool summary = call.latest_k >= 0;
   // The window's tokens come first, so that the last layer can stop after them.
   const bool descending = summary && call.latest_last;
@@ -97,7 +107,7 @@ SequenceTask plan_sequence(const EncoderCall& call, int64_t index, int32_t* posi
     const int64_t p = descending ? tokens - 1 - i : i;
     if (valid(p)) position[count++] = static_cast<int32_t>(p);
   }
-  SequenceTask task{&call, index, count, count, count, position, 0};
+  SequenceTask task{&call, index, user, count, count, count, position, 0};
   if (summary) {
     if (call.latest_last) {
       task.window_begin = (count > 0 ? position[0] : tokens - 1) - call.latest_k + 1;
@@ -133,6 +143,38 @@ class CpuEncoder final : public Encoder {
     return layout.shared + layout.own;
   }
 
+  void score_request(const EncoderCall& call) const override {
+    check_call(model().shape, call);
+    if (!call.user_index) refuse("user_index: expected it for request scoring, got none");
+    RequestRun run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, {}, 0, {}, {}};
+    // A user's candidates together, in their order: [users] first and behind last in `order`.
+    run.order.resize(static_cast<size_t>(call.batch));
+    std::vector<int64_t> begin(static_cast<size_t>(call.users) + 1, 0);
+    for (int64_t b = 0; b < call.batch; ++b) ++begin[static_cast<size_t>(call.user_index[b]) + 1];
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t b = 0; b < call.batch; ++b) {
+      run.order[static_cast<size_t>(next[static_cast<size_t>(call.user_index[b])]++)] = b;
+    }
+    // Each piece computes its user's part anew, which costs about as much as a candidate.
+    constexpr int64_t kLeast = 16;
+    const int threads = thread_count(call);
+    const int64_t most = std::max(kLeast, (call.batch + 4 * threads - 1) / (4 * threads));
+    for (size_t u = 0; u + 1 < begin.size(); ++u) {
+      const int64_t count = begin[u + 1] - begin[u];
+      const int64_t pieces = (count + most - 1) / most;
+      for (int64_t i = 0; i < pieces; ++i) {
+        run.pieces.push_back({begin[u] + count * i / pieces, begin[u] + count * (i + 1) / pieces});
+      }
+    }
+    const bool shares = call.fusion == Fusion::kConcat && !model().shape.norm_first;
+    if (shares) run.user_bytes = whole_lines(kernel_.user_bytes(model(), tokens_of(call)));
+    run_parallel(
+        static_cast<int>(std::min<int64_t>(threads, static_cast<int64_t>(run.pieces.size()))),
+        &CpuEncoder::request_main, &run);
+    if (run.error) std::rethrow_exception(run.error);
+  }
+
   void forward(const EncoderCall& call) const override {
     check_call(model().shape, call);
     Run run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, nullptr, {}, nullptr, {}};
@@ -147,13 +189,14 @@ class CpuEncoder final : public Encoder {
   }
 
  private:
+  static size_t whole_lines(size_t n) {
+    return static_cast<size_t>(round_up(static_cast<int64_t>(n), 64));
+  }
+
   // Sizes in bytes, each a multiple of 64.
   struct Layout {
     size_t kernel_shared, pooled, shared, kernel_own, own;
     Layout(const CpuEncoder& e, int64_t tokens, int team) {
-      const auto whole_lines = [](size_t n) {
-        return static_cast<size_t>(round_up(static_cast<int64_t>(n), 64));
-      };
       kernel_shared = whole_lines(e.kernel_.shared_bytes(e.model(), tokens));
       pooled = whole_lines(static_cast<size_t>(team) * e.model().shape.d_model * sizeof(float));
       shared = kernel_shared + pooled;
@@ -182,6 +225,66 @@ class CpuEncoder final : public Encoder {
     std::exception_ptr error;
     bool team;
   };
+
+  // Candidates order[begin] .. order[end - 1], all of one user.
+  struct Piece {
+    int64_t begin, end;
+  };
+
+  struct RequestRun {
+    const CpuEncoder& encoder;
+    const EncoderCall& call;
+    Layout layout;
+    std::vector<int64_t> order;  // [B] candidates, by user
+    std::vector<Piece> pieces;
+    std::atomic<int64_t> next;
+    size_t user_bytes;  // 0: nothing is shared
+    std::mutex error_mutex;
+    std::exception_ptr error;
+  };
+
+  static void request_main(void* context, int, int) {
+    RequestRun& run = *static_cast<RequestRun*>(context);
+    std::byte* memory = nullptr;
+    try {
+      memory = static_cast<std::byte*>(
+          thread_workspace(run.layout.own + run.layout.shared + run.user_bytes));
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(run.error_mutex);
+      run.error = std::current_exception();
+      return;
+    }
+    run.encoder.kernel_.enter();
+    const int64_t count = static_cast<int64_t>(run.pieces.size());
+    for (int64_t i = run.next++; i < count; i = run.next++) {
+      run.encoder.run_piece(run, run.pieces[static_cast<size_t>(i)], memory);
+    }
+    run.encoder.kernel_.leave();
+  }
+
+  void run_piece(const RequestRun& run, const Piece& piece, std::byte* own) const {
+    std::byte* shared = own + run.layout.own;
+    std::byte* user = shared + run.layout.shared;
+    float* pooled = reinterpret_cast<float*>(shared + run.layout.kernel_shared);
+    Barrier alone;
+    SequenceTask task = plan_sequence(run.call, run.order[static_cast<size_t>(piece.begin)],
+                                      reinterpret_cast<int32_t*>(own + run.layout.kernel_own));
+    const bool shares = run.user_bytes > 0 && task.num_keys > 0;
+    if (shares) kernel_.prepare_user(model(), task, shared, own, user);
+    for (int64_t i = piece.begin; i < piece.end; ++i) {
+      task.index = run.order[static_cast<size_t>(i)];
+      if (task.num_tokens > 0) {
+        if (!shares || !kernel_.run_candidate(model(), task, shared, own, user, pooled)) {
+          kernel_.run(model(), task, shared, own, pooled, &alone, 0, 1);
+        }
+      }
+      if (run.call.is_bf16) {
+        finish_sequence<uint16_t>(task, pooled, 1);
+      } else {
+        finish_sequence<float>(task, pooled, 1);
+      }
+    }
+  }
 
   const PackedModel& model() const { return packed_.model(); }
 
@@ -253,7 +356,7 @@ class CpuEncoder final : public Encoder {
     const EncoderCall& call = *task.call;
     const int d = model().shape.d_model;
     const int64_t tokens = tokens_of(call);
-    const Validity valid{call, task.index};
+    const Validity valid{call, task.user};
     T* out = static_cast<T*>(call.out) + task.index * call.out_stride_b;
     const auto fill_row = [&](T* row, bool padded) {
       for (int i = 0; i < d; ++i) convert(padded ? padded_value(i) : 0.0f, row + i);

@@ -12,6 +12,7 @@ namespace seqkernels::cpu::amx_bf16 {
 #include "cpu/operand_bf16_avx512.h"
 #include "cpu/left_operand.h"
 #include "cpu/encoder_kernel.h"
+#include "cpu/request_kernel.h"
 #include "cpu/product_tiles.h"
 #include "cpu/tiles_amx.h"
 // clang-format on

@@ -11,6 +11,7 @@ namespace seqkernels::cpu::amx_emulated {
 #include "cpu/operand_bf16_portable.h"
 #include "cpu/left_operand.h"
 #include "cpu/encoder_kernel.h"
+#include "cpu/request_kernel.h"
 #include "cpu/product_tiles.h"
 #include "cpu/tiles_emulated.h"
 // clang-format on

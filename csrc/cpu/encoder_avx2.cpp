@@ -12,6 +12,7 @@ namespace seqkernels::cpu::avx2 {
 #include "cpu/operand_fp32.h"
 #include "cpu/left_operand.h"
 #include "cpu/encoder_kernel.h"
+#include "cpu/request_kernel.h"
 #include "cpu/product_lanes.h"
 // clang-format on
 

@@ -31,8 +31,12 @@ struct Arena {
   float* take_floats(int64_t count) { return reinterpret_cast<float*>(take(count)); }
 };
 
+template <class Encoder>
+struct RequestKernel;
+
 template <class Product>
 struct EncoderKernel {
+  using Engine = Product;
   using Isa = typename Product::Isa;
   using V = typename Isa::V;
   using Element = typename Isa::Element;
@@ -144,7 +148,7 @@ struct EncoderKernel {
     } else {
       const int64_t l = append && !call.latest_last ? position - 1 : position;
       const int64_t width = call.fusion == Fusion::kConcat ? d_model - call.candidate_dim : d_model;
-      convert(call.x, call.is_bf16, c.task.index * call.stride_b + l * call.stride_l, width, row);
+      convert(call.x, call.is_bf16, c.task.user * call.stride_b + l * call.stride_l, width, row);
       if (width < d_model)
         convert(call.candidate, call.is_bf16, candidate_offset, d_model - width, row + width);
     }
@@ -163,16 +167,19 @@ struct EncoderKernel {
           __builtin_memset(row, 0, static_cast<size_t>(steps) * 4);
         }
       }
-      uint32_t* x = c.shared.x + strip * c.shared.x_strip;  // [model step][lane]
-      for (int step = 0; step < steps; step += kLanes) {
-        if (step + kLanes <= steps) {
-          Isa::transpose(c.own.rows + step, c.own.rows_stride, x + step * kLanes, kLanes);
-        } else {
-          alignas(64) uint32_t block[kLanes * kLanes];
-          Isa::transpose(c.own.rows + step, c.own.rows_stride, block, kLanes);
-          __builtin_memcpy(x + step * kLanes, block,
-                           static_cast<size_t>(steps - step) * kLanes * 4);
-        }
+      transpose_rows(c, steps, c.shared.x + strip * c.shared.x_strip);
+    }
+  }
+
+  // x [model step][lane] = own.rows [lane][model step]
+  static void transpose_rows(const Context& c, int steps, uint32_t* x) {
+    for (int step = 0; step < steps; step += kLanes) {
+      if (step + kLanes <= steps) {
+        Isa::transpose(c.own.rows + step, c.own.rows_stride, x + step * kLanes, kLanes);
+      } else {
+        alignas(64) uint32_t block[kLanes * kLanes];
+        Isa::transpose(c.own.rows + step, c.own.rows_stride, block, kLanes);
+        __builtin_memcpy(x + step * kLanes, block, static_cast<size_t>(steps - step) * kLanes * 4);
       }
     }
   }
@@ -434,6 +441,47 @@ struct EncoderKernel {
 
   // ---- one group of strips through the rest of a layer ----
 
+  static LeftOperand keys_of(const Context& c, int head) {
+    return {c.shared.keys + head * c.shared.key_head, c.shared.key_strip, Product::kTokenWidth};
+  }
+
+  // own.query [strip][head step][lane], scaled by log2(e) / sqrt(head_dim).
+  template <int kStrips>
+  static inline __attribute__((always_inline)) void project_queries(const Context& c,
+                                                                    const PackedLayer& layer,
+                                                                    int head, int strip_begin) {
+    const PackedModel& m = c.m;
+    const V scale =
+        Isa::set1(1.44269504f / __builtin_sqrtf(static_cast<float>(m.shape.head_dim())));
+    const int head_row = head * m.head_rows;
+    Product::template run<kStrips>(
+        weights(layer.query, m.model_steps), head_row, head_row + m.head_rows, layer.query_bias,
+        c.shared.normed + strip_begin * c.shared.x_strip, c.shared.x_strip,
+        steps_to_run(m.shape.d_model),
+        [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
+          V q[kRows];
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) q[i] = Isa::mul(y[i], scale);
+          store_rows(c.own.query + s * c.own.query_strip + (r - head_row) / kPair * kLanes, q);
+        });
+  }
+
+  // top = the largest score of each query in own.query.
+  template <int kStrips>
+  static inline __attribute__((always_inline)) void largest_scores(const Context& c, int head,
+                                                                   int key_rows,
+                                                                   V (&top)[kStrips]) {
+    const int num_keys = c.task.num_keys;
+    for (int s = 0; s < kStrips; ++s) top[s] = Isa::set1(-3.4e38f);
+    Product::template run<kStrips>(keys_of(c, head), 0, key_rows, nullptr, c.own.query,
+                                   c.own.query_strip, steps_to_run(c.m.shape.head_dim()),
+                                   [&](int r, int s, const V(&y)[kRows])
+                                       __attribute__((always_inline)) {
+                                         for (int i = 0; i < kRows && r + i < num_keys; ++i)
+                                           top[s] = Isa::max(top[s], y[i]);
+                                       });
+  }
+
   template <int kStrips>
   static SEQKERNELS_STAGE void attend(const Context& c, const PackedLayer& layer, int strip_begin) {
     const PackedModel& m = c.m;
@@ -442,25 +490,11 @@ struct EncoderKernel {
       __builtin_memset(c.own.concat, 0, static_cast<size_t>(kStrips * c.own.concat_strip) * 4);
       return;
     }
-    const V scale =
-        Isa::set1(1.44269504f / __builtin_sqrtf(static_cast<float>(m.shape.head_dim())));
-    const LeftOperand query_weights = weights(layer.query, m.model_steps);
     const int key_rows = static_cast<int>(round_up(num_keys, Product::kRowAlign));
     for (int head = 0; head < m.shape.nhead; ++head) {
       const int head_row = head * m.head_rows;
-      Product::template run<kStrips>(
-          query_weights, head_row, head_row + m.head_rows, layer.query_bias,
-          c.shared.normed + strip_begin * c.shared.x_strip, c.shared.x_strip,
-          steps_to_run(m.shape.d_model),
-          [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
-            V q[kRows];
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) q[i] = Isa::mul(y[i], scale);
-            store_rows(c.own.query + s * c.own.query_strip + (r - head_row) / kPair * kLanes, q);
-          });
-
-      const LeftOperand keys{c.shared.keys + head * c.shared.key_head, c.shared.key_strip,
-                             Product::kTokenWidth};
+      project_queries<kStrips>(c, layer, head, strip_begin);
+      const LeftOperand keys = keys_of(c, head);
       const int head_steps = steps_to_run(m.shape.head_dim());
       V sum[kStrips];
       for (int s = 0; s < kStrips; ++s) sum[s] = Isa::zero();
@@ -480,12 +514,7 @@ struct EncoderKernel {
       }
       if (__builtin_expect(!in_range, 0)) {
         V top[kStrips];
-        for (int s = 0; s < kStrips; ++s) top[s] = Isa::set1(-3.4e38f);
-        Product::template run<kStrips>(
-            keys, 0, key_rows, nullptr, c.own.query, c.own.query_strip, head_steps,
-            [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
-              for (int i = 0; i < kRows && r + i < num_keys; ++i) top[s] = Isa::max(top[s], y[i]);
-            });
+        largest_scores<kStrips>(c, head, key_rows, top);
         for (int s = 0; s < kStrips; ++s) {
           top[s] = Isa::select(fits[s], Isa::zero(), top[s]);  // rows in range keep their bits
           sum[s] = Isa::zero();
@@ -579,13 +608,19 @@ struct EncoderKernel {
 
   template <int kStrips>
   static void run_group(const Context& c, int layer_index, int strip_begin) {
+    attend<kStrips>(c, c.m.layers[static_cast<size_t>(layer_index)], strip_begin);
+    finish_group<kStrips>(c, layer_index, strip_begin);
+  }
+
+  // What follows attention.
+  template <int kStrips>
+  static void finish_group(const Context& c, int layer_index, int strip_begin) {
     const PackedModel& m = c.m;
     const EncoderShape& shape = m.shape;
     const PackedLayer& layer = m.layers[static_cast<size_t>(layer_index)];
     const bool last = layer_index + 1 == shape.num_layers;
     uint32_t* x = c.shared.x + strip_begin * c.shared.x_strip;
 
-    attend<kStrips>(c, layer, strip_begin);
     finish_attention<kStrips>(c, layer, strip_begin);
     const float* weight = shape.norm_first ? layer.norm2_weight : layer.norm1_weight;
     const float* bias = shape.norm_first ? layer.norm2_bias : layer.norm1_bias;
@@ -652,7 +687,18 @@ struct EncoderKernel {
     }
     load_strips(c, begin, end);
     if (task.call->pool_max) reset_pool(c);
-    for (int i = 0; i < m.shape.num_layers; ++i) {
+    run_layers(c, 0, barrier, rank, size);
+    if (task.call->pool_max) reduce_pool(c, pooled + static_cast<int64_t>(rank) * m.shape.d_model);
+  }
+
+  // The layers from `first` on, by thread `rank` of `size`.
+  static void run_layers(const Context& c, int first, Barrier* barrier, int rank, int size) {
+    const PackedModel& m = c.m;
+    const SequenceTask& task = c.task;
+    const int strips = strips_of(task.num_tokens);
+    const int begin = strips * rank / size;
+    const int end = strips * (rank + 1) / size;
+    for (int i = first; i < m.shape.num_layers; ++i) {
       const PackedLayer& layer = m.layers[static_cast<size_t>(i)];
       if (m.shape.norm_first) {
         for_groups(begin, end, [&](auto n, int group) {
@@ -670,7 +716,6 @@ struct EncoderKernel {
                  [&](auto n, int group) { run_group<n.value>(c, i, group); });
       barrier->wait(size);
     }
-    if (task.call->pool_max) reduce_pool(c, pooled + static_cast<int64_t>(rank) * m.shape.d_model);
   }
 
   static EncoderKernelEntry entry() {
@@ -688,6 +733,12 @@ struct EncoderKernel {
       return static_cast<size_t>(Own(m, tokens, nullptr).words) * 4;
     };
     e.run = &run;
+    using Request = RequestKernel<EncoderKernel>;
+    e.user_bytes = [](const PackedModel& m, int64_t tokens) {
+      return static_cast<size_t>(typename Request::User(m, tokens, nullptr).words) * 4;
+    };
+    e.prepare_user = &Request::prepare_user;
+    e.run_candidate = &Request::run_candidate;
     e.enter = &Product::enter;
     e.leave = &Product::leave;
     return e;

@@ -76,7 +76,8 @@ struct PackedModel {
 // first, then the padded ones if they are to be computed.
 struct SequenceTask {
   const EncoderCall* call;
-  int64_t index;            // of the sequence in the batch
+  int64_t index;            // of the sequence in the batch: the row of candidate and out
+  int64_t user;             // the row of x, mask and lengths
   int num_tokens;           // length of `position`
   int num_keys;             // the first num_keys tokens are the valid ones
   int num_queries_last;     // tokens whose output leaves the last layer: a prefix of `position`
@@ -97,6 +98,17 @@ struct EncoderKernelEntry {
   // without tokens).
   void (*run)(const PackedModel& model, const SequenceTask& task, void* shared, void* own,
               float* pooled, Barrier* barrier, int rank, int size);
+  // Request scoring (request_kernel.h). Bytes of a user's part, for sequences of at most `tokens`
+  // tokens.
+  size_t (*user_bytes)(const PackedModel& model, int64_t tokens);
+  // Computes the part of `task`'s user that all candidates share. `shared` and `own` are as for
+  // `run`.
+  void (*prepare_user)(const PackedModel& model, const SequenceTask& task, void* shared, void* own,
+                       void* user);
+  // As `run` by one thread, with the user's part of the same tokens. False: the exponents of this
+  // candidate do not fit together, nothing of the result is to be used; `run` is right.
+  bool (*run_candidate)(const PackedModel& model, const SequenceTask& task, void* shared, void* own,
+                        void* user, float* pooled);
   // Called by each thread before its first and after its last `run` of a call.
   void (*enter)();
   void (*leave)();

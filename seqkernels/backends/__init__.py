@@ -64,6 +64,9 @@ class Backend(Protocol):
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
         """Run the op ``encoder``."""
 
+    def request_scoring(self, call: EncoderCall, variant: str) -> Tensor:
+        """Run the op ``request_scoring``."""
+
     def linear(self, call: LinearCall, variant: str) -> Tensor:
         """Run the op ``linear``."""
 

@@ -24,6 +24,9 @@ class EncoderOptions(NamedTuple):
 class EncoderCall(NamedTuple):
     """A call of the op ``encoder`` whose shapes, dtypes, devices and options are checked.
 
+    Or of ``request_scoring``: x, mask and lengths then have a row for each of U users, and B is the
+    number of candidates.
+
     Letters: B sequences, L events, L' tokens (L + 1 with fusion "append"), D model width.
     Not checked: the values of a floating mask (done) and of ``lengths`` (the backend does).
     """
@@ -41,6 +44,7 @@ class EncoderCall(NamedTuple):
     latest_k: int | None
     pool: str
     out: Tensor  # [B, L', D] or [B, latest_k * D (+ D)], to be written; B >= 1
+    user_index: Tensor | None = None  # [B] int64, contiguous; of request scoring
 
 
 class ResilientBatchNormOptions(NamedTuple):

@@ -119,6 +119,7 @@ class CpuBackend:
     def encoder(self, call: EncoderCall, isa: str) -> Tensor:
         """Write ``call.out`` by one call of the kernel."""
         x, candidate, weights, weight_set, mask, lengths, options = call[:7]
+        user_index = call.user_index
         out, latest_k = call.out, call.latest_k
         packed = weight_set.derived((isa, options), _pack, weights, weight_set, options, isa)
         if lengths is not None and (lengths.dtype != torch.int64 or not lengths.is_contiguous()):
@@ -127,7 +128,7 @@ class CpuBackend:
         packed.forward(
             x.data_ptr(),
             x.dtype is torch.bfloat16,
-            x.shape[0],
+            out.shape[0],
             x.shape[1],
             x_stride[0],
             x_stride[1],
@@ -147,8 +148,14 @@ class CpuBackend:
             out_stride[0],
             out_stride[1] if latest_k is None else 0,
             torch.get_num_threads(),
+            0 if user_index is None else user_index.data_ptr(),
+            x.shape[0],
         )
         return out
+
+    def request_scoring(self, call: EncoderCall, isa: str) -> Tensor:
+        """Write ``call.out``: the encoder's kernel, with users apart from candidates."""
+        return self.encoder(call, isa)
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, isa: str) -> Tensor:
         """Write ``call.out`` by one call of the kernel."""

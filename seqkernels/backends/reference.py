@@ -50,6 +50,27 @@ class ReferenceBackend:
             )
             return call.out.copy_(result)
 
+    def request_scoring(self, call: EncoderCall, variant: str) -> Tensor:
+        """Write ``call.out``."""
+        assert call.candidate is not None
+        assert call.user_index is not None
+        with torch.no_grad():
+            result = request_scoring(
+                call.x,
+                call.candidate,
+                call.user_index,
+                call.weights,
+                call.mask,
+                call.lengths,
+                call.options,
+                call.fusion,
+                call.padding,
+                call.order,
+                call.latest_k,
+                call.pool,
+            )
+            return call.out.copy_(result)
+
     def linear(self, call: LinearCall, variant: str) -> Tensor:
         """Write ``call.out``."""
         with torch.no_grad():
@@ -79,6 +100,38 @@ def encoder(
         return reference.encoder(
             x,
             candidate,
+            weights,
+            mask,
+            lengths,
+            fusion=fusion,
+            padding=padding,
+            order=order,
+            latest_k=latest_k,
+            pool=pool,
+            **options._asdict(),
+        )
+
+
+def request_scoring(
+    events: Tensor,
+    candidates: Tensor,
+    user_index: Tensor,
+    weights: Sequence[Tensor | None],
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    options: EncoderOptions,
+    fusion: str,
+    padding: str,
+    order: str,
+    latest_k: int | None,
+    pool: str,
+) -> Tensor:
+    """Evaluate `seqkernels.reference.request_scoring`, whatever autocast says."""
+    with torch.autocast(events.device.type, enabled=False):
+        return reference.request_scoring(
+            events,
+            candidates,
+            user_index,
             weights,
             mask,
             lengths,

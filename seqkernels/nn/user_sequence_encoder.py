@@ -17,6 +17,7 @@ from seqkernels.nn.transformer_encoder import (
     TransformerEncoderLayer,
 )
 from seqkernels.ops.encoder import check_inputs, check_summary, ignored_positions
+from seqkernels.ops.request_scoring import check_user_index
 from seqkernels.reference.encoder import fuse, summarize
 
 
@@ -193,38 +194,143 @@ class UserSequenceEncoder(nn.Module):
             [B, out_dim], or [B, L', D] with ``latest_k=None`` (L' = L + 1 with
             ``fusion="append"``), in the dtype of `events`.
         """
-        encoder = self.encoder
-        if not self.training and not encoder.training:
-            now = read.read_encoder(encoder, LAYER_TYPES)
-            if (
-                now is not None
-                and not read.is_tracing()
-                and not now.norm_outside
-                and not (encoder._forward_hooks or encoder._forward_pre_hooks)
-            ):
-                return ops.apply_encoder(
-                    events,
-                    candidate,
-                    now.weights,
-                    key_padding_mask,
-                    lengths,
-                    now.nhead,
-                    now.activation,
-                    now.negative_slope,
-                    now.norm_first,
-                    now.eps,
-                    now.final_eps,
-                    self.fusion,
-                    self.pool_padding,
-                    self.order,
-                    self.latest_k,
-                    self.pool,
-                    self.backend,
+        now = self._readable()
+        if now is not None:
+            return ops.apply_encoder(
+                events,
+                candidate,
+                now.weights,
+                key_padding_mask,
+                lengths,
+                now.nhead,
+                now.activation,
+                now.negative_slope,
+                now.norm_first,
+                now.eps,
+                now.final_eps,
+                self.fusion,
+                self.pool_padding,
+                self.order,
+                self.latest_k,
+                self.pool,
+                self.backend,
+            )
+        self._report("encoder")
+        return self._definition(events, candidate, key_padding_mask, lengths)
+
+    def score_candidates(
+        self,
+        events: Tensor,
+        candidates: Tensor,
+        user_index: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Encode many candidates for a few users, as `forward` does for each pair.
+
+        ::
+
+            out[n] = forward(events[user_index[n]], candidates[n])
+
+        No tensor [N, L, D] is built. With ``fusion="concat"`` and norm last, what the first layer
+        computes of the events alone (projections, scores, exponentials) is computed once for each
+        user; behind a norm in front, or with the candidate as a token of its own, the events are
+        read in place and each candidate runs all of it. A candidate's result has the same bits
+        whatever the other candidates, their order and the number of threads.
+
+        Parameters
+        ----------
+        events : Tensor
+            [U, L, E], as in `forward`.
+        candidates : Tensor
+            [N, C], of the same dtype.
+        user_index : Tensor, optional
+            [N] int32 or int64 in 0 .. U - 1, in any order: whose candidate each is. May be left out
+            for one user.
+        key_padding_mask, lengths : Tensor, optional
+            [U, L] or [U], of the users.
+
+        Returns
+        -------
+        Tensor
+            [N, out_dim], or [N, L', D] with ``latest_k=None``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs of the wrong shape, value or kind, and for ``fusion="none"``.
+
+        Examples
+        --------
+        >>> import torch, seqkernels
+        >>> module = seqkernels.nn.UserSequenceEncoder(64, 32, 2, 32, 2, latest_k=8).eval()
+        >>> events, candidates = torch.randn(2, 100, 64), torch.randn(5, 32)
+        >>> with torch.inference_mode():
+        ...     out = module.score_candidates(
+        ...         events, candidates, torch.tensor([0, 1, 0, 0, 1]), lengths=torch.tensor([60, 9])
+        ...     )
+        >>> out.shape
+        torch.Size([5, 864])
+        """
+        if self.fusion == "none":
+            raise ValueError(
+                "request_scoring: fusion: expected 'concat' or 'append': with 'none' the result is "
+                "the same for all candidates"
+            )
+        if user_index is None:
+            if events.shape[0] != 1:
+                raise ValueError(
+                    f"request_scoring: user_index: expected a tensor for {events.shape[0]} users, "
+                    "got None"
                 )
+            user_index = torch.zeros(
+                candidates.shape[0], dtype=torch.int64, device=candidates.device
+            )
+        now = self._readable()
+        if now is not None:
+            return ops.apply_request_scoring(
+                events,
+                candidates,
+                user_index,
+                now.weights,
+                key_padding_mask,
+                lengths,
+                now.nhead,
+                now.activation,
+                now.negative_slope,
+                now.norm_first,
+                now.eps,
+                now.final_eps,
+                self.fusion,
+                self.pool_padding,
+                self.order,
+                self.latest_k,
+                self.pool,
+                self.backend,
+            )
+        self._report("request_scoring")
+        check_user_index(user_index, events.shape[0])
+        return self._definition(
+            events[user_index],
+            candidates,
+            None if key_padding_mask is None else key_padding_mask[user_index],
+            None if lengths is None else lengths[user_index],
+        )
+
+    def _readable(self) -> read.Encoder | None:
+        """The encoder as arguments of an op, None where a call has to run the definition."""
+        encoder = self.encoder
+        if self.training or encoder.training or read.is_tracing():
+            return None
+        now = read.read_encoder(encoder, LAYER_TYPES)
+        if now is None or now.norm_outside or encoder._forward_hooks or encoder._forward_pre_hooks:
+            return None
+        return now
+
+    def _report(self, op: str) -> None:
         reasons = self.fallback_reasons()
         if reasons and not (self.training and torch.is_grad_enabled()):
-            backends.report_fallback("encoder", self.backend, reasons)
-        return self._definition(events, candidate, key_padding_mask, lengths)
+            backends.report_fallback(op, self.backend, reasons)
 
     def fallback_reasons(self) -> list[str]:
         """Every reason why a call runs the definition; empty if none."""

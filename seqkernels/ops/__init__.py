@@ -2,13 +2,16 @@
 
 from seqkernels.ops.encoder import apply_encoder, encoder
 from seqkernels.ops.linear import apply_linear, linear
+from seqkernels.ops.request_scoring import apply_request_scoring, request_scoring
 from seqkernels.ops.resilient_batch_norm import apply_resilient_batch_norm, resilient_batch_norm
 
 __all__ = [
     "apply_encoder",
     "apply_linear",
+    "apply_request_scoring",
     "apply_resilient_batch_norm",
     "encoder",
     "linear",
+    "request_scoring",
     "resilient_batch_norm",
 ]

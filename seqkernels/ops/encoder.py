@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def check_summary(fusion: str, padding: str, order: str, latest_k: int | None, p
         raise ValueError(f"encoder: padding: 'exclude' needs pool='max', got pool={pool!r}")
 
 
-def _check_options(
+def check_options(
     d_model: int,
     nhead: int,
     activation: str,
@@ -99,7 +99,16 @@ def _check_options(
 
 
 # A model brings the same ones on every call.
-_checked_options = lru_cache(maxsize=256)(_check_options)
+checked_options = lru_cache(maxsize=256)(check_options)
+
+
+class Names(NamedTuple):
+    """How an op calls its arguments in messages."""
+
+    op: str = "encoder"
+    x: str = "x"
+    candidate: str = "candidate"
+    rows: str = "B"  # of x
 
 
 def check_inputs(
@@ -112,94 +121,95 @@ def check_inputs(
     device: torch.device,
 ) -> None:
     """Raise unless the tensors fit each other, `d_model` and `fusion`; no value is looked at."""
-    _check_x(x, candidate, fusion, d_model, device)
-    _check_validity(x, key_padding_mask, lengths)
-
-
-def _check_x(
-    x: Tensor, candidate: Tensor | None, fusion: str, d_model: int, device: torch.device
-) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"encoder: x: expected 3 dimensions [B, L, E], got {_shape(x)}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(
-            f"encoder: x: expected float32, bfloat16, float16 or float64, got {x.dtype}"
-        )
-    if x.device != device:
-        raise ValueError(f"encoder: x: expected device {device} of weights, got {x.device}")
-    width = x.shape[2]
+    names = Names()
+    check_events(x, device, names)
     if candidate is None:
         if fusion != "none":
             raise ValueError(
                 f"encoder: candidate: expected a tensor for fusion={fusion!r}, got None"
             )
-        if width != d_model:
+        if x.shape[2] != d_model:
             raise ValueError(
                 f"encoder: x: expected last dimension {d_model} (d_model), got {_shape(x)}"
             )
-        return
-    if fusion == "none":
-        raise ValueError(
-            f"encoder: candidate: expected None for fusion='none', got {_shape(candidate)}"
-        )
-    if candidate.dim() != 2 or candidate.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"encoder: candidate: expected shape [B, C] with B = {x.shape[0]}, "
-            f"got {_shape(candidate)}"
-        )
-    if candidate.dtype != x.dtype:
-        raise TypeError(
-            f"encoder: candidate: expected dtype {x.dtype} like x, got {candidate.dtype}"
-        )
-    if candidate.device != x.device:
-        raise ValueError(
-            f"encoder: candidate: expected device {x.device} like x, got {candidate.device}"
-        )
-    d, c = d_model, candidate.shape[1]
-    if fusion == "append":
-        if width != d or c != d:
+    else:
+        if fusion == "none":
             raise ValueError(
-                f"encoder: x, candidate: expected last dimension {d} (d_model) of both for "
+                f"encoder: candidate: expected None for fusion='none', got {_shape(candidate)}"
+            )
+        if candidate.dim() != 2 or candidate.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"encoder: candidate: expected shape [B, C] with B = {x.shape[0]}, "
+                f"got {_shape(candidate)}"
+            )
+        check_candidate(x, candidate, fusion, d_model, names)
+    check_validity(x, key_padding_mask, lengths, names)
+
+
+def check_events(x: Tensor, device: torch.device, names: Names) -> None:
+    """Raise unless x is [B, L, E], floating and where the weights are."""
+    at = f"{names.op}: {names.x}"
+    if x.dim() != 3:
+        raise ValueError(f"{at}: expected 3 dimensions [{names.rows}, L, E], got {_shape(x)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{at}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{at}: expected device {device} of weights, got {x.device}")
+
+
+def check_candidate(x: Tensor, candidate: Tensor, fusion: str, d_model: int, names: Names) -> None:
+    """Raise unless a candidate [*, C] goes with x and d_model."""
+    at = f"{names.op}: {names.candidate}"
+    if candidate.dtype != x.dtype:
+        raise TypeError(f"{at}: expected dtype {x.dtype} like {names.x}, got {candidate.dtype}")
+    if candidate.device != x.device:
+        raise ValueError(f"{at}: expected device {x.device} like {names.x}, got {candidate.device}")
+    both = f"{names.op}: {names.x}, {names.candidate}"
+    width, c = x.shape[2], candidate.shape[1]
+    if fusion == "append":
+        if width != d_model or c != d_model:
+            raise ValueError(
+                f"{both}: expected last dimension {d_model} (d_model) of both for "
                 f"fusion='append', got {width} and {c}"
             )
-    elif width + c != d:
+    elif width + c != d_model:
         raise ValueError(
-            f"encoder: x, candidate: expected last dimensions that add up to {d} (d_model) for "
+            f"{both}: expected last dimensions that add up to {d_model} (d_model) for "
             f"fusion='concat', got {width} and {c}"
         )
 
 
-def _check_validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> None:
+def check_validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None, names: Names) -> None:
     """Everything about them but their values."""
+    op, rows = names.op, names.rows
     if mask is not None:
         if lengths is not None:
-            raise ValueError(
-                "encoder: lengths: expected None beside key_padding_mask, got a tensor"
-            )
+            raise ValueError(f"{op}: lengths: expected None beside key_padding_mask, got a tensor")
         if mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] != x.shape[1]:
             raise ValueError(
-                f"encoder: key_padding_mask: expected shape [B, L] = "
+                f"{op}: key_padding_mask: expected shape [{rows}, L] = "
                 f"({x.shape[0]}, {x.shape[1]}), got {_shape(mask)}"
             )
         if mask.dtype is not torch.bool and not mask.is_floating_point():
             raise TypeError(
-                "encoder: key_padding_mask: expected bool (True = ignore) or a floating dtype "
+                f"{op}: key_padding_mask: expected bool (True = ignore) or a floating dtype "
                 f"(0 = keep, -inf = ignore), got {mask.dtype}"
             )
         if mask.device != x.device:
             raise ValueError(
-                f"encoder: key_padding_mask: expected device {x.device} like x, got {mask.device}"
+                f"{op}: key_padding_mask: expected device {x.device} like {names.x}, "
+                f"got {mask.device}"
             )
     elif lengths is not None:
         if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
             raise ValueError(
-                f"encoder: lengths: expected shape [B] = ({x.shape[0]},), got {_shape(lengths)}"
+                f"{op}: lengths: expected shape [{rows}] = ({x.shape[0]},), got {_shape(lengths)}"
             )
         if lengths.dtype not in _LENGTH_DTYPES:
-            raise TypeError(f"encoder: lengths: expected int32 or int64, got {lengths.dtype}")
+            raise TypeError(f"{op}: lengths: expected int32 or int64, got {lengths.dtype}")
         if lengths.device != x.device:
             raise ValueError(
-                f"encoder: lengths: expected device {x.device} like x, got {lengths.device}"
+                f"{op}: lengths: expected device {x.device} like {names.x}, got {lengths.device}"
             )
 
 
@@ -212,30 +222,30 @@ def _shape(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether it holds values, rather than stand in for them while a graph is traced."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def bool_mask(mask: Tensor) -> Tensor:
+def bool_mask(mask: Tensor, op: str = "encoder") -> Tensor:
     """A floating mask as its bool twin, once its values are found legal."""
     ignored = mask == float("-inf")
-    if _is_plain(mask) and not bool(((mask == 0) | ignored).all()):
+    if is_plain(mask) and not bool(((mask == 0) | ignored).all()):
         other = mask[(mask != 0) & ~ignored].flatten()[0].item()
         raise ValueError(
-            "encoder: key_padding_mask: expected a floating mask of only 0 (keep) and -inf "
+            f"{op}: key_padding_mask: expected a floating mask of only 0 (keep) and -inf "
             f"(ignore), a bias is not supported; got {other}"
         )
     return ignored
 
 
-def check_lengths(lengths: Tensor, limit: int) -> None:
+def check_lengths(lengths: Tensor, limit: int, op: str = "encoder") -> None:
     """Raise ValueError for a length outside 0 .. limit."""
-    if _is_plain(lengths) and lengths.numel():
+    if is_plain(lengths) and lengths.numel():
         low, high = (int(v) for v in torch.aminmax(lengths))
         if low < 0 or high > limit:
             wrong = low if low < 0 else high
-            raise ValueError(f"encoder: lengths: expected values in 0 .. {limit} (L), got {wrong}")
+            raise ValueError(f"{op}: lengths: expected values in 0 .. {limit} (L), got {wrong}")
 
 
 def ignored_positions(
@@ -284,7 +294,7 @@ def _run(
 ) -> Tensor:
     weight_set = lookup(LAYOUT, weights)
     d_model, _, _, _, device = weight_set.shape
-    options = _checked_options(
+    options = checked_options(
         d_model,
         nhead,
         activation,
@@ -356,7 +366,7 @@ def _fake(
 ) -> Tensor:
     """The checks of `_run` that need no values, and an empty output like its."""
     shape = read_shape(weights)
-    _check_options(
+    check_options(
         shape.d_model,
         nhead,
         activation,
@@ -452,7 +462,7 @@ def _differentiable(
         latest_k,
         pool,
     )
-    if _is_plain(x):
+    if is_plain(x):
         backends.calls["reference"] += 1
     if latest_k is None and out.stride(0) < out.stride(1):
         return result.transpose(0, 1).contiguous().transpose(0, 1)

@@ -6,6 +6,7 @@ norm: in float32 at least) and are differentiable. An op has the same name here 
 
 from seqkernels.reference.encoder import encoder
 from seqkernels.reference.linear import ChannelNorm, linear
+from seqkernels.reference.request_scoring import request_scoring
 from seqkernels.reference.resilient_batch_norm import resilient_batch_norm
 
-__all__ = ["ChannelNorm", "encoder", "linear", "resilient_batch_norm"]
+__all__ = ["ChannelNorm", "encoder", "linear", "request_scoring", "resilient_batch_norm"]

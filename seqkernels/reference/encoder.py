@@ -250,17 +250,31 @@ def _layer(
     """One layer; x [B, L, D], valid [B, L]."""
     w_in, b_in, w_out, b_out, w1, b1, w2, b2, g1, c1, g2, c2 = weights
 
-    def attend(y: Tensor) -> Tensor:
-        return _linear(_attention(_linear(y, w_in, b_in), valid, nhead), w_out, b_out)
-
-    def feed_forward(y: Tensor) -> Tensor:
-        return _linear(_activate(_linear(y, w1, b1), activation, negative_slope), w2, b2)
+    def attention(y: Tensor) -> Tensor:
+        return _attention(_linear(y, w_in, b_in), valid, nhead)
 
     if norm_first:
-        x = x + attend(_norm(x, g1, c1, eps))
-        return x + feed_forward(_norm(x, g2, c2, eps))
-    x = _norm(x + attend(x), g1, c1, eps)
-    return _norm(x + feed_forward(x), g2, c2, eps)
+        x = x + _linear(attention(_norm(x, g1, c1, eps)), w_out, b_out)
+        y = _norm(x, g2, c2, eps)
+        return x + _linear(_activate(_linear(y, w1, b1), activation, negative_slope), w2, b2)
+    return finish_layer(x, attention(x), weights, activation, negative_slope, eps)
+
+
+def finish_layer(
+    x: Tensor,
+    attended: Tensor,
+    weights: Sequence[Tensor | None],
+    activation: str,
+    negative_slope: float,
+    eps: float,
+) -> Tensor:
+    """What follows attention in a post-norm layer; x and attended [B, L, D]."""
+    _, _, w_out, b_out, w1, b1, w2, b2, g1, c1, g2, c2 = (
+        None if w is None else w.to(x.dtype) for w in weights
+    )
+    x = _norm(x + _linear(attended, w_out, b_out), g1, c1, eps)
+    y = _linear(_activate(_linear(x, w1, b1), activation, negative_slope), w2, b2)
+    return _norm(x + y, g2, c2, eps)
 
 
 def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

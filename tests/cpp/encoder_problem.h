@@ -119,6 +119,8 @@ struct Problem {
   EncoderShape shape() const;
   EncoderParameters parameters() const;
   bool is_valid(int64_t b, int64_t token) const;  // token in 0 .. T - 1
+  // One sequence for each index: the events of user user_index[n] with a candidate of its own.
+  Problem repeated(const std::vector<int64_t>& user_index);
 
  private:
   std::vector<float> normal(size_t count, double deviation, double mean = 0, bool round = false);
@@ -252,6 +254,25 @@ inline bool Problem::is_valid(int64_t b, int64_t token) const {
     if (!c.latest_last) --l;
   }
   return valid[static_cast<size_t>(b * c.length + l)] != 0;
+}
+
+inline Problem Problem::repeated(const std::vector<int64_t>& user_index) {
+  Problem made = *this;
+  made.c.batch = static_cast<int64_t>(user_index.size());
+  made.x.clear();
+  made.valid.clear();
+  made.lengths.clear();
+  const int64_t values = c.length * c.event_dim();
+  for (const int64_t user : user_index) {
+    const auto first = x.begin() + user * values;
+    made.x.insert(made.x.end(), first, first + values);
+    const auto is_valid_first = valid.begin() + user * c.length;
+    made.valid.insert(made.valid.end(), is_valid_first, is_valid_first + c.length);
+    if (c.mask == Mask::kLengths) made.lengths.push_back(lengths[static_cast<size_t>(user)]);
+  }
+  const size_t width = static_cast<size_t>(c.candidate_width());
+  made.candidate = normal(user_index.size() * width, c.scale, 0, c.bf16);
+  return made;
 }
 
 // A heap block of exactly this size, filled with one byte.
@@ -436,6 +457,32 @@ inline PreparedCall prepare(const Problem& p, const Run& run = {}) {
 inline std::vector<float> forward(const Encoder& encoder, const Problem& p, const Run& run = {}) {
   const PreparedCall made = prepare(p, run);
   encoder.forward(made.call);
+  return made.output();
+}
+
+// The candidates of `repeated`, made from `users` by user_index: events, mask and lengths are those
+// of the users, read in place.
+inline std::vector<float> score_request(const Encoder& encoder, const Problem& users,
+                                        const Problem& repeated,
+                                        const std::vector<int64_t>& user_index,
+                                        const Run& run = {}) {
+  PreparedCall made = prepare(repeated, run);
+  Run whole;
+  whole.poison = run.poison;
+  const PreparedCall of_users = prepare(users, whole);
+  EncoderCall& call = made.call;
+  call.x = of_users.call.x;
+  call.stride_b = of_users.call.stride_b;
+  call.stride_l = of_users.call.stride_l;
+  call.mask = of_users.call.mask;
+  call.mask_stride_b = of_users.call.mask_stride_b;
+  call.mask_stride_l = of_users.call.mask_stride_l;
+  call.lengths = of_users.call.lengths;
+  const auto first = user_index.begin() + run.first;
+  const std::vector<int64_t> index(first, first + call.batch);  // ends where its block ends
+  call.user_index = index.data();
+  call.users = users.c.batch;
+  encoder.score_request(call);
   return made.output();
 }
 

@@ -426,6 +426,120 @@ void concurrency(Session& session) {
   });
 }
 
+// ---- requests ----
+
+// How the first layer of a request's candidates is computed.
+enum class Path {
+  kShared,    // with what is computed once a user
+  kOrdinary,  // as a sequence of its own: the options share nothing
+  kGuarded,   // the same, since the user's and the candidate's terms do not fit together
+};
+
+struct Request {
+  Case c;
+  Path path = Path::kShared;
+};
+
+std::vector<Request> requests() {
+  Case c;
+  c.batch = 4;
+  c.length = 60;
+  c.layers = 2;
+  c.fusion = Fusion::kConcat;
+  c.candidate_dim = 32;
+  c.padding = Padding::kExclude;
+  c.mask = Mask::kEmpty;
+  c.latest_k = 10;
+  c.pool = true;
+  Case full = c;  // the full sequence of one layer: nothing above what is shared
+  full.layers = 1;
+  full.length = 33;
+  full.mask = Mask::kLengths;
+  full.padding = Padding::kCompute;
+  full.layout = Layout::kGaps;
+  full.bf16 = true;
+  full.latest_k = -1;
+  full.pool = false;
+  full.seed = 1;
+  Case odd = c;
+  odd.d_model = 24;
+  odd.nhead = 3;
+  odd.dim_feedforward = 10;
+  odd.candidate_dim = 5;
+  odd.length = 37;
+  odd.mask = Mask::kLeft;
+  odd.layout = Layout::kTransposed;
+  odd.padding = Padding::kZero;
+  odd.latest_k = 3;
+  odd.latest_last = true;
+  odd.pool = false;
+  odd.parameters = Parameters::kBare;
+  odd.seed = 2;
+  Case norm_first = c;
+  norm_first.norm_first = true;
+  norm_first.mask = Mask::kHoles;
+  norm_first.seed = 3;
+  Case append = c;
+  append.fusion = Fusion::kAppend;
+  append.mask = Mask::kPrefix;
+  append.padding = Padding::kZero;
+  append.seed = 4;
+  Case sharp = c;  // user and candidate want different keys, each by more than a float can hold
+  sharp.sharpen = 100;
+  sharp.layers = 1;
+  sharp.seed = 5;
+  return {{c},
+          {full},
+          {odd},
+          {norm_first, Path::kOrdinary},
+          {append, Path::kOrdinary},
+          {sharp, Path::kGuarded}};
+}
+
+// Values, accesses, poisoned padding, the path taken; and a candidate's bits depend neither on
+// threads nor on company.
+void request(Session& session) {
+  for (const Request& r : requests()) {
+    Problem users(r.c);
+    // Users in no order, most candidates of user 2, so that it comes in several pieces; none of 3.
+    std::vector<int64_t> index(40, 2);
+    for (size_t n = 3; n < index.size(); n += 5) index[n] = static_cast<int64_t>(n / 5 % 2);
+    for (const Target& target : session.targets) {
+      const size_t count = target.slow() ? 7 : index.size();
+      const std::vector<int64_t> mine(index.begin(), index.begin() + static_cast<ptrdiff_t>(count));
+      const Problem repeated = Problem(users).repeated(mine);
+      session.guard(target, repeated, [&](const Encoder& encoder, const std::string& what) {
+        const std::vector<float> y = score_request(encoder, users, repeated, mine);
+        const std::vector<float> alone = forward(encoder, repeated);
+        if (r.path == Path::kShared) {
+          session.verdicts.within_bound(y, Golden(repeated), what);
+          session.verdicts.check(y != alone, what + ": nothing was shared");
+        } else {
+          session.verdicts.same_bits(y, alone, what + ": the ordinary path");
+        }
+        if (r.c.padding != Padding::kCompute) {
+          Run poisoned;
+          poisoned.poison = Poison::kNan;
+          session.verdicts.same_bits(y, score_request(encoder, users, repeated, mine, poisoned),
+                                     what + ": poisoned padding");
+        }
+        const int64_t width = r.c.rows() * r.c.row_width();
+        for (int threads : {1, 2, 3, 5}) {
+          Run run;
+          run.threads = threads;
+          run.first = threads;
+          run.count = threads == 5 ? 1 : static_cast<int64_t>(count) - threads;
+          const auto begin = y.begin() + run.first * width;
+          session.verdicts.same_bits({begin, begin + run.count * width},
+                                     score_request(encoder, users, repeated, mine, run),
+                                     what + ": " + std::to_string(run.count) + " candidates on " +
+                                         std::to_string(threads) + " threads");
+        }
+      });
+    }
+  }
+}
+
 // The workspace that a call leaves behind, full of NaN, is no input of the next.
 void workspace(Session& session) {
   Case large;
@@ -720,10 +834,10 @@ void defects(Session& session) {
 }
 
 const std::vector<std::pair<std::string, void (*)(Session&)>> kGroups = {
-    {"grid", grid},           {"company", company},       {"concurrency", concurrency},
-    {"workspace", workspace}, {"twins", twins},           {"tiles", tiles},
-    {"softmax", softmax},     {"magnitudes", magnitudes}, {"errors", errors},
-    {"defects", defects},
+    {"grid", grid},       {"company", company},     {"concurrency", concurrency},
+    {"request", request}, {"workspace", workspace}, {"twins", twins},
+    {"tiles", tiles},     {"softmax", softmax},     {"magnitudes", magnitudes},
+    {"errors", errors},   {"defects", defects},
 };
 
 // ---- plants ----

@@ -95,7 +95,9 @@ def targets(program: str, sanitizer: str) -> list[str]:
     [
         pytest.param("encoder_test", SHIPPED, [], id="encoder-shipped"),
         pytest.param("encoder_test", SANITIZED, [], id="encoder-address,undefined"),
-        pytest.param("encoder_test", THREADS, ["--only=company,concurrency"], id="encoder-thread"),
+        pytest.param(
+            "encoder_test", THREADS, ["--only=company,concurrency,request"], id="encoder-thread"
+        ),
         pytest.param("dense_test", SHIPPED, [], id="dense-shipped"),
         pytest.param("dense_test", SANITIZED, [], id="dense-address,undefined"),
         pytest.param("dense_test", THREADS, [], id="dense-thread"),

@@ -66,6 +66,11 @@ struct EncoderCall {
   int64_t stride_b = 0;
   int64_t stride_l = 0;
 
+  // [B], 0 <= user_index[b] < users: sequence b reads row user_index[b] of x, mask and lengths,
+  // which then have `users` rows; null: row b.
+  const int64_t* user_index = nullptr;
+  int64_t users = 0;
+
   const void* candidate = nullptr;  // [B, C], null without fusion
   int64_t candidate_dim = 0;
   int64_t candidate_stride = 0;
@@ -96,6 +101,9 @@ class Encoder {
   virtual ~Encoder() = default;
   virtual void forward(const EncoderCall& call) const = 0;
   virtual size_t packed_bytes() const = 0;
+  // As forward for calls with user_index. With fusion "concat" and norm last, what the first layer
+  // computes of the events alone is computed once for each user, see request_kernel.h.
+  virtual void score_request(const EncoderCall& call) const = 0;
   // Bytes one thread needs beyond output and packed weights for sequences of `tokens` tokens (T
   // above).
   virtual size_t workspace_bytes(int64_t tokens) const = 0;
