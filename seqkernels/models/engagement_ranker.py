@@ -256,17 +256,88 @@ class EngagementRanker(nn.Module):
             For inputs of the wrong shape, dtype or value.
         """
         self._check(actions, items, lengths, dense, candidate)
-        count = candidate.shape[0]  # N
+        if actions.shape[0] == 1 and candidate.shape[0] != 1:
+            return self.score_request(actions, items, lengths, dense, candidate)
         c = _lookup(self.item, candidate, "candidate")  # [N, item_dim]
-        events = torch.cat(
-            (_lookup(self.action, actions, "actions"), _lookup(self.item, items, "items")), -1
-        )  # [B, L, action_dim + item_dim]
-        summary = self.sequence(
-            events.expand(count, -1, -1), c, lengths=lengths.expand(count)
+        events = self._events(actions, items)
+        summary = self.sequence(events, c, lengths=lengths)  # [N, summary_dim]
+        return self._logits(summary, c, self.dense_norm(dense))
+
+    def score_request(
+        self,
+        actions: Tensor,
+        items: Tensor,
+        lengths: Tensor,
+        dense: Tensor,
+        candidate: Tensor,
+        user_index: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of N candidates of U users, the users' share computed once for each of them.
+
+        Parameters
+        ----------
+        actions, items : Tensor
+            [U, L] int64 or int32, as in `forward`.
+        lengths : Tensor
+            [U] int64 or int32.
+        dense : Tensor
+            [U, F] floating.
+        candidate : Tensor
+            [N] int64 or int32.
+        user_index : Tensor, optional
+            [N] int64 or int32 in 0 .. U - 1: whose candidate each is. May be left out for one user.
+
+        Returns
+        -------
+        Tensor
+            [N, H], as `forward` gives for each pair of a user and a candidate.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs of the wrong shape, dtype or value.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from seqkernels.models import EngagementRanker, EngagementRankerConfig
+        >>> config = EngagementRankerConfig(num_actions=6, num_items=1000, num_dense=4)
+        >>> ranker = EngagementRanker(config).eval()
+        >>> actions, items = torch.randint(1, 6, (1, 100)), torch.randint(1, 1000, (1, 100))
+        >>> with torch.inference_mode():
+        ...     logits = ranker.score_request(
+        ...         actions, items, torch.tensor([60]), torch.randn(1, 4), torch.arange(1, 257)
+        ...     )
+        >>> logits.shape
+        torch.Size([256, 1])
+        """
+        self._check(actions, items, lengths, dense, candidate, of_pairs=False)
+        if user_index is None and actions.shape[0] != 1:
+            raise ValueError(
+                f"EngagementRanker: user_index: expected a tensor for {actions.shape[0]} users, "
+                "got None"
+            )
+        c = _lookup(self.item, candidate, "candidate")  # [N, item_dim]
+        summary = self.sequence.score_candidates(
+            self._events(actions, items), c, user_index, lengths=lengths
         )  # [N, summary_dim]
-        # Normalized as it comes: rounded to bf16 first, a large mean would swallow the feature.
-        normed = self.dense_norm(dense).to(c.dtype).expand(count, -1)  # [N, F]
-        x0 = torch.cat((summary, c, normed), -1)  # [N, crossed_dim]
+        normed = self.dense_norm(dense)  # [U, F]
+        if user_index is None:
+            normed = normed.expand(candidate.shape[0], -1)
+        else:
+            normed = normed[user_index.to(torch.int64)]
+        return self._logits(summary, c, normed)
+
+    def _events(self, actions: Tensor, items: Tensor) -> Tensor:
+        """[B, L, action_dim + item_dim]."""
+        return torch.cat(
+            (_lookup(self.action, actions, "actions"), _lookup(self.item, items, "items")), -1
+        )
+
+    def _logits(self, summary: Tensor, c: Tensor, normed: Tensor) -> Tensor:
+        """[N, H] of the three parts of x0, [N, ...] each."""
+        # Normalized as it came: rounded to bf16 first, a large mean would swallow the feature.
+        x0 = torch.cat((summary, c, normed.to(c.dtype)), -1)  # [N, crossed_dim]
         h = self.mlp(self.cross(x0))
         logits = torch.cat([head(h) for head in self.heads.values()], -1)  # [N, H]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -279,7 +350,14 @@ class EngagementRanker(nn.Module):
         return dict(zip(self.config.heads, p.unbind(-1), strict=True))
 
     def _check(
-        self, actions: Tensor, items: Tensor, lengths: Tensor, dense: Tensor, candidate: Tensor
+        self,
+        actions: Tensor,
+        items: Tensor,
+        lengths: Tensor,
+        dense: Tensor,
+        candidate: Tensor,
+        *,
+        of_pairs: bool = True,
     ) -> None:
         """Raise unless the inputs fit each other and the config; no value is looked at."""
         given = {"actions": actions, "items": items, "lengths": lengths, "candidate": candidate}
@@ -299,6 +377,8 @@ class EngagementRanker(nn.Module):
             raise _shape_error("lengths", f"({batch},), B of actions,", lengths)
         if dense.dim() != 2 or dense.shape[0] != batch or dense.shape[1] != width:
             raise _shape_error("dense", f"({batch}, {width}), B of actions and num_dense,", dense)
+        if not of_pairs:
+            batch = 1  # any number of candidates
         if candidate.dim() != 1 or (batch != 1 and candidate.shape[0] != batch):
             expected = "1 dimension [N]" if batch == 1 else f"({batch},), B of actions,"
             raise _shape_error("candidate", expected, candidate)

@@ -44,7 +44,7 @@ class StockRanker(nn.Module):
         self.config = config
         self.action = embedding(config.num_actions, config.action_dim)
         self.item = embedding(config.num_items, config.item_dim)
-        self.sequence = _Sequence(config)
+        self.sequence = StockSequence(config)
         self.dense_norm = nn.BatchNorm1d(config.num_dense)
         self.cross = CrossNetwork(config.crossed_dim, config.cross_layers, config.cross_rank)
         self.mlp = mlp(config, nn.BatchNorm1d)
@@ -64,7 +64,7 @@ class StockRanker(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-class _Sequence(nn.Module):
+class StockSequence(nn.Module):
     """Early fusion, torch's encoder, and the summary of the valid events."""
 
     def __init__(self, config: EngagementRankerConfig) -> None:

@@ -179,9 +179,40 @@ def test_one_user_with_many_candidates_is_that_user_many_times(dtype: torch.dtyp
     ranker = in_dtype(make(), dtype)
     one = draw(lengths=(7,)).to(dtype)._replace(candidate=torch.arange(1, 20))
     many = Inputs(*(t.repeat_interleave(19, 0) for t in one[:4]), one.candidate)
-    assert torch.equal(run(ranker, one), run(ranker, many))
     twin = stock_twin(ranker)
     torch.testing.assert_close(run(twin, one), run(twin, many))
+    if dtype is torch.float64:
+        torch.testing.assert_close(run(ranker, one), run(ranker, many))
+        return
+    # In bf16 both are right, by different roundings.
+    golden = run(stock_twin(in_dtype(make(), torch.float64)), many.to(torch.float64))
+    low = run(stock_twin(in_dtype(make(), torch.bfloat16)), many.to(torch.bfloat16))
+    for inputs in (one, many):
+        y = run(ranker, inputs)
+        assert_close_to_oracle(y.unsqueeze(0), golden.unsqueeze(0), low.unsqueeze(0))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_request_of_several_users_is_each_pair(shuffled: bool) -> None:
+    ranker, inputs = in_dtype(make(), torch.float64), draw().to(torch.float64)
+    user = torch.arange(B).repeat_interleave(3)
+    if shuffled:
+        user = user[torch.randperm(len(user), generator=torch.Generator().manual_seed(0))]
+    candidate = torch.arange(1, len(user) + 1)
+    pairs = Inputs(*(t[user] for t in inputs[:4]), candidate)
+    with torch.inference_mode():
+        request = ranker.score_request(*inputs[:4], candidate, user)
+    torch.testing.assert_close(request, run(ranker, pairs))
+
+
+def test_requests_that_do_not_fit() -> None:
+    ranker, inputs = make(), draw()
+    with pytest.raises(ValueError, match="user_index: expected a tensor for"):
+        ranker.score_request(*inputs)
+    with pytest.raises(ValueError, match="user_index: expected shape"):
+        ranker.score_request(*inputs, torch.zeros(B + 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"user_index: expected values in 0 .. {B - 1}"):
+        ranker.score_request(*inputs, torch.full((B,), B))
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -350,14 +381,18 @@ def test_one_user_alone_cannot_train() -> None:
 # --- training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradients_reach_every_parameter(options: dict[str, Any]) -> None:
-    ranker = make(**options).train()
+def test_gradients_reach_every_parameter(options: dict[str, Any], training: bool) -> None:
+    ranker = make(**options).train(training)
     ranker(*draw(lengths=LENGTHS * 4)).sin().sum().backward()
     for name, parameter in ranker.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+        # Batch statistics take a constant away again: without a cross network the gradient of the
+        # dense features' bias is zero in training, but for what rounding leaves.
+        if not (training and name == "dense_norm.bias"):
+            assert parameter.grad.any(), name
     for table in (ranker.action, ranker.item):
         assert not table.weight.grad[0].any()  # type: ignore[index]  # padding is not trained
 
