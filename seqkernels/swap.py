@@ -94,10 +94,16 @@ class SwapReport:
         Each module that was replaced.
     skipped : list of Skipped
         Each module of a kind that `swap` knows that was left as it is, with the reasons.
+    request_scoring : list of str
+        Names of encoders that could score a request's candidates with the user's part computed
+        once: each `UserSequenceEncoder` with a candidate (``score_candidates``), and each replaced
+        ``TransformerEncoder``, if its input is one user's events, each joined with a candidate:
+        no module shows what its caller puts there.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    request_scoring: list[str] = field(default_factory=list)
     _modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def restore(self) -> None:
@@ -117,9 +123,16 @@ class SwapReport:
     def __str__(self) -> str:
         rows = [(_shown(r.name, r.also), r.type, r.outcome) for r in self.replaced]
         rows += [(_shown(s.name), s.type, "left: " + "\n".join(s.reasons)) for s in self.skipped]
-        if not rows:
+        if not rows and not self.request_scoring:
             return "seqkernels.swap: nothing that it knows was found"
-        return as_text("seqkernels.swap", ("module", "type", "outcome"), rows)
+        told = [as_text("seqkernels.swap", ("module", "type", "outcome"), rows)] if rows else []
+        if self.request_scoring:
+            told.append(
+                "One user, many candidates? UserSequenceEncoder.score_candidates computes the "
+                "user's part once, where events are joined with a candidate: "
+                + ", ".join(map(_shown, self.request_scoring))
+            )
+        return "\n".join(told)
 
 
 def _shown(name: str, also: tuple[str, ...] = ()) -> str:
@@ -247,6 +260,7 @@ def swap(
             _replace_norm(module, names, backend, bounds, report)
         elif isinstance(module, nn.Linear):
             _replace_linear(module, names, backend, policy, report)
+    report.request_scoring += _request_scoring(model)
     # Last: what a chain can be depends on its members' classes.
     for module, names in found:
         if isinstance(module, nn.Sequential):
@@ -290,6 +304,17 @@ def _encoders(model: nn.Module) -> tuple[_Found, set[nn.Module]]:
         if module not in within and type(module) not in _ENCODERS
     ]
     return found, within
+
+
+def _request_scoring(model: nn.Module) -> list[str]:
+    """Encoders that may see one user with many candidates, once swapped."""
+    own = {m.encoder for m in model.modules() if isinstance(m, UserSequenceEncoder)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, UserSequenceEncoder) and module.fusion != "none")
+        or (isinstance(module, TransformerEncoder) and module not in own)
+    ]
 
 
 def _others(model: nn.Module, within: set[nn.Module]) -> _Found:

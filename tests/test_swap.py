@@ -476,6 +476,22 @@ def test_a_model_without_anything_to_replace() -> None:
     report.restore()
 
 
+def test_where_request_scoring_may_serve_is_told() -> None:
+    model = nn.ModuleDict(
+        {
+            "stock": encoder(),
+            "user": seqkernels.nn.UserSequenceEncoder(D // 2, D // 2, HEADS, FF, 1),
+            "alone": seqkernels.nn.UserSequenceEncoder(D, 0, HEADS, FF, 1, fusion="none"),
+        }
+    )
+    report = seqkernels.swap(model)
+    assert report.request_scoring == ["stock", "user"]
+    told = " ".join(str(report).split())
+    assert "UserSequenceEncoder.score_candidates computes the user's part once" in told
+    assert told.endswith("stock, user")
+    assert not seqkernels.swap(nn.Sequential(nn.Linear(4, 4))).request_scoring
+
+
 def test_encoder_and_decoder_of_a_transformer() -> None:
     def build() -> nn.Module:
         with warnings.catch_warnings():
