@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator
 
 from bench.floor import Machine
 from bench.verdicts import Comparisons, seconds_each, sharers
-from seqkernels.benchmark import EncoderWorkload
+from seqkernels.benchmark import EncoderWorkload, RequestWorkload
 
 mpl.use("Agg")  # no display is needed
 
@@ -24,6 +24,8 @@ COLOURS = {
     "eager_fp32": "#8d99ae",
     "eager_bf16": "#3a5a80",
     "eager_bf16_padded": "#98c1d9",
+    "seqkernels_forward": "#780000",
+    "autocast_bf16": "#98c1d9",
     "compile_bf16": "#2a9d8f",
     "openvino_bf16": "#e9a03b",
 }
@@ -35,6 +37,8 @@ def draw(comparisons: Comparisons, floors: Machine | None, folder: Path) -> list
         "time_by_length": _sweep(comparisons, floors, "length", "events a sequence, L"),
         "time_by_batch": _sweep(comparisons, floors, "batch", "sequences a call, B"),
         "padding": _padding(comparisons),
+        "request": _request(comparisons),
+        "request_stages": _request_stages(comparisons),
         "floor": _floor(comparisons, floors),
     }
     written = []
@@ -92,6 +96,79 @@ def _sweep(
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel("us a sequence (band: 20 to 80 %)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return title, figure
+
+
+#: One user with 100 events, more and more candidates.
+REQUESTS = ("request/n1", "request/n16", "request/n256-100of100", "request/n1024")
+
+
+def _request(comparisons: Comparisons) -> tuple[str, Figure] | None:
+    swept = [comparisons[name] for name in REQUESTS if name in comparisons]
+    if len(swept) < 2:
+        return None
+    title = "One user with 100 events: time a candidate against candidates a request"
+    figure, axes = _figure(title)
+    for name, rival in RequestWorkload.rivals.items():
+        there = [c for c in swept if name in c["results"]]
+        if not there:
+            continue
+        low, y, high = (
+            [1e6 * seconds_each(c, name, at) for c in there] for at in ("q20", "median", "q80")
+        )
+        x = [c["workload"]["batch"] for c in there]
+        axes.plot(x, y, "o-", ms=3.5, color=COLOURS[name], label=rival.title)
+        axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=4)
+    axes.set_yscale("log")
+    axes.set_xticks([c["workload"]["batch"] for c in swept])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.set_xlabel("candidates a request, N")
+    axes.set_ylabel("us a candidate (band: 20 to 80 %)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return title, figure
+
+
+def _request_stages(comparisons: Comparisons) -> tuple[str, Figure] | None:
+    """Stages by difference: of one layer a line over N, of two layers what comes on top."""
+    swept = [comparisons[name] for name in REQUESTS if name in comparisons]
+    one, many = (comparisons.get(f"request/{n}-layer1") for n in ("n1", "n1024"))
+    if not swept or one is None or many is None:
+        return None
+    fewest, most = one["workload"]["batch"], many["workload"]["batch"]
+    if fewest == most:
+        return None  # as small as in tests
+    title = "One user with 100 events: where the time of a request goes"
+    figure, axes = _figure(title)
+    first, last = (c["workload"]["batch"] * seconds_each(c, "seqkernels") for c in (one, many))
+    per_candidate = (last - first) / (most - fewest)
+    stages: dict[str, list[float]] = {
+        "call and user's part": [],
+        "first layer of the candidates": [],
+        "second layer": [],
+    }
+    for c in swept:
+        count = c["workload"]["batch"]
+        whole = count * seconds_each(c, "seqkernels")
+        layer = count * per_candidate
+        for share, part in zip(
+            stages.values(),
+            (first - fewest * per_candidate, layer, whole - first - layer + fewest * per_candidate),
+            strict=True,
+        ):
+            share.append(100.0 * part / whole)
+    labels = [f"{c['workload']['batch']}" for c in swept]
+    below = [0.0] * len(swept)
+    colours = ("seqkernels_forward", "eager_fp32", "seqkernels")
+    for (name, shares), colour in zip(stages.items(), colours, strict=True):
+        axes.bar(labels, shares, 0.6, bottom=below, color=COLOURS[colour], label=name)
+        below = [b + s for b, s in zip(below, shares, strict=True)]
+    axes.set_xlabel("candidates a request, N")
+    axes.set_ylabel("% of the request")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return title, figure
 

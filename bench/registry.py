@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from seqkernels.benchmark import (
     EncoderWorkload,
     LinearWorkload,
     RankerWorkload,
+    RequestWorkload,
     Workload,
     uniform_lengths,
 )
@@ -51,6 +53,7 @@ LINEAR_LIMIT = 1.25
 #: On AMX, the error against fp64 over that of torch's own bf16 run, at most.
 AMX_ERROR_LIMIT = 1.0
 
+SHARED = Bar("speedup", amx=1.5, otherwise=1.0, over="seqkernels_forward")
 NEVER_SLOWER = Bar("speedup", amx=1.0, otherwise=1.0)
 WORKSPACE = Bar("workspace_bytes", amx=2 * 2**20, otherwise=2 * 2**20)
 OUTSIDE_KERNEL = Bar("outside_kernel", amx=30e-6, otherwise=30e-6)
@@ -209,6 +212,48 @@ def _linear() -> list[Entry]:
     return [Entry(workload, (over_eager, over_compiled))]
 
 
+def _requests() -> list[Entry]:
+    """One user or eight, some candidates: what sharing the users' part is worth."""
+
+    def entry(
+        name: str, candidates: int, lengths: tuple[int, ...], *bars: Bar, **more: Any
+    ) -> Entry:
+        workload = RequestWorkload(
+            id=f"request/{name}",
+            group="request",
+            candidates=candidates,
+            lengths=lengths,
+            seconds=4.0,
+            **more,
+        )
+        beside_forward = candidates >= 256 and "seqkernels_forward" in workload.contestants
+        return Entry(workload, (*bars, SHARED) if beside_forward else bars)
+
+    return [
+        # Without AMX the bars are those of the encoder: never slower, 1.5 with a mask.
+        entry("n256-60of100", 256, (60,), Bar("speedup", amx=12.0, otherwise=1.5)),
+        entry("n256-100of100", 256, (100,), Bar("speedup", amx=6.0, otherwise=1.0)),
+        *(entry(f"n{n}", n, (100,), NEVER_SLOWER) for n in (1, 16, 1024)),
+        *(
+            entry(f"n256-l{length}", 256, (length,), NEVER_SLOWER, length=length)
+            for length in (50, 200)
+        ),
+        entry("n256-8users", 256, uniform_lengths(8, 20, 100), NEVER_SLOWER),
+        # Without the second layer, for the shares of the stages.
+        *(
+            entry(
+                f"n{n}-layer1",
+                n,
+                (100,),
+                NEVER_SLOWER,
+                num_layers=1,
+                contestants=("seqkernels", "eager_fp32"),
+            )
+            for n in (1, 1024)
+        ),
+    ]
+
+
 def _ranker() -> list[Entry]:
     """The whole model; at B = 256 a quarter of torch's fp32 time, and less than any compiler's."""
 
@@ -236,6 +281,7 @@ REGISTRY: tuple[Entry, ...] = (
     *_sweeps(),
     *_shapes(),
     *_instruction_sets(),
+    *_requests(),
     *_batch_norm(),
     *_linear(),
     *_ranker(),

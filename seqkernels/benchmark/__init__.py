@@ -13,6 +13,7 @@ from seqkernels.benchmark.kinds import (
     EncoderWorkload,
     LinearWorkload,
     RankerWorkload,
+    RequestWorkload,
     uniform_lengths,
 )
 from seqkernels.benchmark.machine import machine_info
@@ -32,6 +33,7 @@ __all__ = [
     "LinearWorkload",
     "Model",
     "RankerWorkload",
+    "RequestWorkload",
     "Result",
     "Runner",
     "Samples",

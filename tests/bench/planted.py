@@ -15,6 +15,7 @@ from seqkernels.benchmark import (
     LinearWorkload,
     Model,
     RankerWorkload,
+    RequestWorkload,
     Runner,
     Task,
     Workload,
@@ -28,6 +29,7 @@ _SMALL = {"id": "planted", "group": "test", "threads": 1, "seconds": 0.0}
 NORM = BatchNormWorkload(**_SMALL, rows=65536, channels=256).small()
 LINEAR = LinearWorkload(**_SMALL, rows=4096, in_features=512, out_features=512).small()
 RANKER = RankerWorkload(**_SMALL, batch=256).small()
+REQUEST = RequestWorkload(**_SMALL, candidates=256, lengths=(60, 100)).small()
 
 
 def workload(*contestants: str, case: EncoderCase = MASKED) -> EncoderWorkload:

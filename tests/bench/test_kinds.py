@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqkernels.benchmark import GateError, Model, Workload, compare
 from seqkernels.benchmark.contestants import Compiled, OpenVino
-from tests.bench.planted import LINEAR, NORM, RANKER, Edited, Faulty
+from tests.bench.planted import LINEAR, NORM, RANKER, REQUEST, Edited, Faulty
 
 NORM_BF16 = dataclasses.replace(NORM, dtype=torch.bfloat16)
 RANKER_DENSE = dataclasses.replace(RANKER, masked=False)
@@ -21,6 +21,7 @@ ALL = {
     "linear": LINEAR,
     "ranker": RANKER,
     "ranker-dense": RANKER_DENSE,
+    "request": REQUEST,
 }
 
 
@@ -86,12 +87,20 @@ RANKER_FAULTS = {
     "norm": lambda model: model.module.dense_norm.running_var.mul_(1.5),
     "head": lambda model: channel_off(model.module.heads["save"].weight[0], 0.5),
 }
+REQUEST_FAULTS = {
+    "lengths": cut,
+    "candidates": lambda model: model.inputs.update(candidates=model.inputs["candidates"].flip(0)),
+    "users": lambda model: model.inputs.update(user_index=1 - model.inputs["user_index"]),
+    "order": lambda model: model.inputs.update(events=model.inputs["events"].flip(1)),
+    "pool": lambda model: setattr(model.module.encoder, "pool_padding", "zero"),
+}
 FAULTS = [
     *((NORM, name, fault) for name, fault in NORM_FAULTS.items()),
     # Of eps, bf16 rounds away what 1e-3 changes.
     *((NORM_BF16, name, fault) for name, fault in NORM_FAULTS.items() if name != "eps"),
     *((LINEAR, name, fault) for name, fault in LINEAR_FAULTS.items()),
     *((RANKER, name, fault) for name, fault in RANKER_FAULTS.items()),
+    *((REQUEST, name, fault) for name, fault in REQUEST_FAULTS.items()),
 ]
 
 

@@ -3,12 +3,20 @@
 from seqkernels.benchmark.kinds.encoder import EncoderWorkload, uniform_lengths
 from seqkernels.benchmark.kinds.linear import LinearWorkload
 from seqkernels.benchmark.kinds.ranker import RankerWorkload
+from seqkernels.benchmark.kinds.request_scoring import RequestWorkload
 from seqkernels.benchmark.kinds.resilient_batch_norm import BatchNormWorkload
 from seqkernels.benchmark.workload import Workload
 
 #: By the name that results files use, in a report's order.
 KINDS: dict[str, type[Workload]] = {
-    kind.kind: kind for kind in (EncoderWorkload, BatchNormWorkload, LinearWorkload, RankerWorkload)
+    kind.kind: kind
+    for kind in (
+        EncoderWorkload,
+        RequestWorkload,
+        BatchNormWorkload,
+        LinearWorkload,
+        RankerWorkload,
+    )
 }
 
 __all__ = [
@@ -17,5 +25,6 @@ __all__ = [
     "EncoderWorkload",
     "LinearWorkload",
     "RankerWorkload",
+    "RequestWorkload",
     "uniform_lengths",
 ]
