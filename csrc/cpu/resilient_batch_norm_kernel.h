@@ -18,10 +18,13 @@ struct ResilientBatchNormKernel {
   static inline void run_row(const T* x, T* out, int64_t width, Constants&& constants, V max_abs,
                              Activate&& activate) {
     int64_t i = 0;
+    constexpr int64_t kLine = 64 / sizeof(T);
     for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
       // Several rows ahead: the hardware looks no further than a page.
-      __builtin_prefetch(x + i + 2048 / sizeof(T));
-      __builtin_prefetch(x + i + 2048 / sizeof(T) + 64 / sizeof(T));
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < 4 * kLanes; line += kLine) {
+        __builtin_prefetch(x + i + line + 2048 / sizeof(T));
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const int64_t at = i + j * kLanes;
