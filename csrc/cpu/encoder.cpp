@@ -156,10 +156,12 @@ class CpuEncoder final : public Encoder {
     for (int64_t b = 0; b < call.batch; ++b) {
       run.order[static_cast<size_t>(next[static_cast<size_t>(call.user_index[b])]++)] = b;
     }
-    // Each piece computes its user's part anew, which costs about as much as a candidate.
-    constexpr int64_t kLeast = 16;
+    // Each piece computes its user's part anew, which costs about as much as a candidate: small
+    // pieces only where threads would have none.
+    constexpr int64_t kSmall = 16;
     const int threads = thread_count(call);
-    const int64_t most = std::max(kLeast, (call.batch + 4 * threads - 1) / (4 * threads));
+    const auto share = [&](int64_t pieces) { return (call.batch + pieces - 1) / pieces; };
+    const int64_t most = std::max(share(4 * threads), std::min(kSmall, share(threads)));
     for (size_t u = 0; u + 1 < begin.size(); ++u) {
       const int64_t count = begin[u + 1] - begin[u];
       const int64_t pieces = (count + most - 1) / most;
