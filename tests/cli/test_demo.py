@@ -318,7 +318,9 @@ def test_one_user_with_many_candidates_is_that_user_many_times(
     candidates = torch.arange(1, 20)
     one = examples.batch(row).for_candidates(candidates)
     many = examples.batch(row.repeat(19)).for_candidates(candidates)
-    np.testing.assert_array_equal(measure.log_odds(model, [one]), measure.log_odds(model, [many]))
+    exact = copy.deepcopy(model).double()  # in bf16 the shared part is rounded elsewhere
+    alone, repeated = (torch.from_numpy(measure.log_odds(exact, [b])) for b in (one, many))
+    torch.testing.assert_close(alone, repeated)
 
 
 def test_training_is_reproducible_and_stops_in_time(
