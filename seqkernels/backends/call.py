@@ -10,6 +10,15 @@ from torch import Tensor
 from seqkernels.backends.weights import WeightSet
 
 
+class EncoderSize(NamedTuple):
+    """What of an encoder decides which kernels take it."""
+
+    d_model: int
+    nhead: int
+    dim_feedforward: int
+    num_layers: int
+
+
 class EncoderOptions(NamedTuple):
     """What the model fixes beside its weights; with them, the key of the packed weights."""
 
@@ -36,7 +45,7 @@ class EncoderCall(NamedTuple):
     weights: Sequence[Tensor | None]
     weight_set: WeightSet
     mask: Tensor | None  # [B, L] bool, True = ignore; at most one of mask and lengths
-    lengths: Tensor | None  # [B] int32 or int64
+    lengths: Tensor | None  # [B] int64, contiguous
     options: EncoderOptions
     fusion: str
     padding: str
