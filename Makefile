@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := --constraint constraints-dev.txt
 
-NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.h' -o -name '*.cpp')
-CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' 2> /dev/null)
+CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_SOURCES := CMakeLists.txt setup.py $(filter csrc/%, $(CXX_FILES))
 PYTHON_FILES := setup.py seqkernels tests $(wildcard bench examples)
 TEXT_FILES := $(PYTHON_FILES) csrc CMakeLists.txt pyproject.toml .ci
 
@@ -16,11 +16,11 @@ BANNED := -march=native|make_block_ptr|(^|[^A-Za-z0-9_.}])/(home|root|work|Users
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench lint format native clean
+.PHONY: help demo test test-gpu bench lint format native clean
 
 help:  ## this list
 	@echo "make <target>, where <target> is one of:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 demo: $(VENV)/.demo $(VENV)/.native  ## train an engagement ranker on real data, swap it, compare
 	@echo "==> demo"
@@ -29,6 +29,10 @@ demo: $(VENV)/.demo $(VENV)/.native  ## train an engagement ranker on real data,
 test: $(VENV)/.dev $(VENV)/.native  ## all tests, the native core's under sanitizers included
 	@echo "==> tests"
 	$(BIN)/python -m pytest tests
+
+test-gpu: $(VENV)/.dev $(VENV)/.native  ## the kernels on the GPU at hand
+	@echo "==> tests on the GPU"
+	$(BIN)/python -m pytest tests/gpu
 
 bench: $(VENV)/.bench $(VENV)/.native  ## measure every workload beside its peers, write a report
 	@echo "==> benchmarks"

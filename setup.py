@@ -2,6 +2,10 @@
 
 Environment variables of a build:
     SEQKERNELS_NATIVE=0   leave the native module out (a pure Python install)
+    SEQKERNELS_CUDA       0: without the CUDA kernels; 1: an error where they cannot be built
+                          (default: built where nvcc is on PATH, in CUDA_HOME, or among Python's
+                          packages)
+    TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels, such as "8.0;9.0+PTX"
     MAX_JOBS              compilers at a time (default: by processors and free memory)
     CMAKE_ARGS            further arguments for CMake, such as -DSEQKERNELS_WERROR=ON
 """
@@ -9,18 +13,21 @@ Environment variables of a build:
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 MEMORY_PER_JOB = 2 << 30  # bytes; a kernel source full of templates needs up to half of it
 
 
@@ -62,6 +69,75 @@ def native_wanted() -> bool:
     return value == "1"
 
 
+class Cuda(NamedTuple):
+    """The CUDA compiler and the architectures to build for, or why there are none."""
+
+    nvcc: str | None = None
+    architectures: tuple[str, ...] = ()
+    missing: str = ""
+
+    def cmake_arguments(self) -> list[str]:
+        if self.nvcc is None:
+            return [
+                "-DSEQKERNELS_CUDA_ARCHITECTURES=",
+                f"-DSEQKERNELS_CUDA_MISSING={self.missing}",
+            ]
+        return [
+            f"-DCMAKE_CUDA_COMPILER={self.nvcc}",
+            f"-DSEQKERNELS_CUDA_ARCHITECTURES={';'.join(self.architectures)}",
+        ]
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of PATH, of CUDA_HOME, or of NVIDIA's packages in this Python."""
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME",) if os.environ.get(name)]
+    folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"), reverse=True)
+    found = shutil.which("nvcc")
+    return found or next(filter(None, (shutil.which("nvcc", path=str(f)) for f in folders)), None)
+
+
+def cuda_architectures(nvcc: str) -> tuple[str, ...]:
+    """Of TORCH_CUDA_ARCH_LIST, else those of the default that this nvcc knows; in CMake's words."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    named = [a for a in asked.split(";") if a]
+    if not named:
+        listed = subprocess.run(
+            [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
+        ).stdout.split()
+        named = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
+        named[-1] += "+PTX"
+    result = []
+    for name in named:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if match is None:
+            raise CompileError(
+                f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0 or 12.0+PTX, got {name!r}"
+            )
+        major, minor, kind, ptx = match.groups()
+        if int(major) >= 8:  # older ones have no bf16 tensor cores
+            result.append(f"{major}{minor}{kind}" + ("" if ptx else "-real"))
+    return tuple(result)
+
+
+def find_cuda() -> Cuda:
+    wanted = os.environ.get("SEQKERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"SEQKERNELS_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return Cuda(missing="SEQKERNELS_CUDA=0 when it was compiled")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        missing = "no nvcc was found when it was compiled"
+    else:
+        architectures = cuda_architectures(nvcc)
+        if architectures:
+            return Cuda(nvcc, architectures)
+        missing = "TORCH_CUDA_ARCH_LIST named no architecture from 8.0 on when it was compiled"
+    if wanted == "1":
+        raise CompileError(f"seqkernels: SEQKERNELS_CUDA=1, but {missing}")
+    return Cuda(missing=missing)
+
+
 def describe(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         return f"`{Path(error.cmd[0]).name} {error.cmd[1]}` ended with status {error.returncode}"
@@ -99,6 +175,7 @@ class CMakeBuild(build_ext):
             f"-DSEQKERNELS_VERSION={self.distribution.get_version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *find_cuda().cmake_arguments(),
         ]
         ninja = find_tool("ninja")
         if ninja is not None:

@@ -18,7 +18,7 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_native, m) {
   using namespace seqkernels;
   namespace py = pybind11;
-  m.doc() = "Native CPU kernels of seqkernels.";
+  m.doc() = "Native kernels of seqkernels.";
   m.def("isa_names", &isa_names,
         "Names of the instruction sets compiled in, best first; the emulated one comes last.");
   m.def("isa_unsupported_reasons", &isa_unsupported_reasons, py::arg("name"),
@@ -28,4 +28,11 @@ PYBIND11_MODULE(_native, m) {
   bind_encoder(m);
   bind_linear(m);
   bind_resilient_batch_norm(m);
+#if defined(SEQKERNELS_CUDA)
+  m.attr("cuda_build") = SEQKERNELS_CUDA;
+  py::module_ cuda = m.def_submodule("cuda", "CUDA kernels.");
+  bind_cuda(cuda);
+#else
+  m.attr("cuda_missing") = SEQKERNELS_CUDA_MISSING;
+#endif
 }

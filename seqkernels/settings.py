@@ -1,7 +1,7 @@
 """The environment variables of this package, read once at import, and a way to override them.
 
 ======================  ===========================================================================
-``SEQKERNELS_BACKEND``  what ``backend="auto"`` means: ``auto``, ``cpu`` or ``reference``
+``SEQKERNELS_BACKEND``  what ``backend="auto"`` means, by default ``auto``
 ``SEQKERNELS_ISA``      the best instruction set the CPU backend may use, e.g. ``avx2``
 ``SEQKERNELS_STRICT``   ``1``: every fallback to slower code is an error
 ======================  ===========================================================================

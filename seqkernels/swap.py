@@ -176,7 +176,8 @@ def swap(
         ``"bf16"``: bf16 operands where the processor multiplies them, sums, softmax and norms in
         float32. ``"fp16"`` is refused.
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``, for the replaced modules.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``, for the replaced
+        modules.
     strict : bool
         Whether it is an error if an encoder or a batch norm cannot be replaced; nothing is
         replaced then.

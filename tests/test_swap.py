@@ -462,7 +462,9 @@ def test_precisions() -> None:
 
 def test_bad_arguments() -> None:
     model = Ranker()
-    with pytest.raises(ValueError, match="swap: backend: expected one of auto, cpu, reference"):
+    with pytest.raises(
+        ValueError, match="swap: backend: expected one of auto, cuda, triton, cpu, reference"
+    ):
         seqkernels.swap(model, backend="gpu")
     with pytest.raises(ValueError, match=re.escape("swap: padded_output: expected None, 'zero'")):
         seqkernels.swap(model, padded_output="nan")

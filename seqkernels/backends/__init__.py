@@ -1,7 +1,7 @@
 """The backends, which of them runs a call, and how a fallback is told.
 
-A backend has a ``name``, says ``not_supported_reasons(device, dtype)``, names the ``variant`` of
-its code it would use (an instruction set) and has one method for each op.
+A backend has a ``name``, says why it cannot run an op on a device, names the ``variant`` of its
+code it would use (an instruction set, an architecture) and has one method for each op.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from seqkernels import settings
 from seqkernels.backends.call import (
     EncoderCall,
     EncoderOptions,
+    EncoderSize,
     LinearCall,
     LinearOptions,
     ResilientBatchNormCall,
     ResilientBatchNormOptions,
 )
 from seqkernels.backends.cpu import CpuBackend
+from seqkernels.backends.cuda import CudaBackend
 from seqkernels.backends.reference import ReferenceBackend
+from seqkernels.backends.triton import TritonBackend
 from seqkernels.backends.weights import WeightSet, forget, lookup
 from seqkernels.errors import BackendUnavailableError
 
@@ -33,6 +36,7 @@ __all__ = [
     "Choice",
     "EncoderCall",
     "EncoderOptions",
+    "EncoderSize",
     "LinearCall",
     "LinearOptions",
     "ResilientBatchNormCall",
@@ -54,9 +58,15 @@ class Backend(Protocol):
     """What every backend offers."""
 
     name: str
+    devices: tuple[str, ...]  # types of the devices it has kernels for; none: any
 
-    def not_supported_reasons(self, device: str, dtype: torch.dtype) -> list[str]:
-        """Every reason why it cannot run, empty if it can."""
+    def not_supported_reasons(
+        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
+    ) -> list[str]:
+        """Every reason why it cannot run, empty if it can.
+
+        `device` is a type ("cpu", "cuda"); `size` is given for encoders away from the CPU.
+        """
 
     def variant(self) -> str:
         """Which of its variants runs, "" where there is one."""
@@ -75,7 +85,12 @@ class Backend(Protocol):
 
 
 #: Fastest first. The last one runs everything.
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (
+    CudaBackend(),
+    TritonBackend(),
+    CpuBackend(),
+    ReferenceBackend(),
+)
 
 #: How many calls of an op ran where: "cpu/avx2", "reference", ... Approximate under threads.
 calls: Counter[str] = Counter()
@@ -101,11 +116,14 @@ def check_name(name: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")
 
 
-_choices: dict[tuple[str, str, str, torch.dtype], tuple[Choice, str]] = {}
+_Key = tuple[str, str, str, torch.dtype, EncoderSize | None]
+_choices: dict[_Key, tuple[Choice, str]] = {}
 _choices_for: settings.Settings | None = None  # the settings they were made under
 
 
-def choose(op: str, name: str, device: str, dtype: torch.dtype) -> tuple[Choice, str]:
+def choose(
+    op: str, name: str, device: str, dtype: torch.dtype, size: EncoderSize | None = None
+) -> tuple[Choice, str]:
     """The backend for a call, and its key in `calls`; a fallback is told.
 
     Raises
@@ -120,27 +138,33 @@ def choose(op: str, name: str, device: str, dtype: torch.dtype) -> tuple[Choice,
     if _choices_for is not now:
         _choices.clear()
         _choices_for = now
-    key = (op, name, device, dtype)
+    key = (op, name, device, dtype, size)
     made = _choices.get(key)
     if made is None:
-        choice = resolve(op, name, device, dtype)
-        if choice.rejected:
+        choice = resolve(op, name, device, dtype, size)
+        if choice.rejected and choice.backend.name == "reference":
             report_fallback(op, "auto", [f"{n}: {r}" for n, rs in choice.rejected for r in rs])
         made = _choices[key] = (choice, choice.label)
     return made
 
 
-def resolve(op: str, name: str, device: str, dtype: torch.dtype) -> Choice:
+def resolve(
+    op: str, name: str, device: str, dtype: torch.dtype, size: EncoderSize | None = None
+) -> Choice:
     """As `choose`, telling nobody of a fallback."""
     check_name(name, f"{op}: backend")
     if name == "auto":
         name = settings.current.backend
         check_name(name, "SEQKERNELS_BACKEND")
     rejected: list[tuple[str, tuple[str, ...]]] = []
+    # What has no kernels for the device is no faster backend, unless none has any.
+    has_kernels = any(device in backend.devices for backend in BACKENDS)
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
             continue
-        reasons = backend.not_supported_reasons(device, dtype)
+        if name == "auto" and has_kernels and backend.devices and device not in backend.devices:
+            continue
+        reasons = backend.not_supported_reasons(op, device, dtype, size)
         if not reasons:
             return Choice(backend, backend.variant(), tuple(rejected))
         if name != "auto":

@@ -15,12 +15,14 @@ from seqkernels import settings
 from seqkernels.backends.call import (
     EncoderCall,
     EncoderOptions,
+    EncoderSize,
     LinearCall,
     LinearOptions,
     ResilientBatchNormCall,
 )
 from seqkernels.backends.encoder_weights import PER_LAYER
 from seqkernels.backends.linear_weights import INPUT_NORM, OUTPUT_NORM
+from seqkernels.backends.native_arguments import batch_norm_arguments, encoder_arguments, fp32
 from seqkernels.backends.weights import WeightSet
 
 _native: Any = None
@@ -38,8 +40,6 @@ except Exception as error:  # a broken build must not keep the reference from wo
         + "; rebuild it with `pip install --force-reinstall --no-deps .`"
     )
 
-_FUSION = {"none": 0, "concat": 1, "append": 2}
-_PADDING = {"zero": 0, "compute": 1, "exclude": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
 _EMULATED = "_emulated"  # such a set is for tests: it is used when named, never chosen
 
@@ -95,8 +95,11 @@ class CpuBackend:
     """Runs the native kernels."""
 
     name = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
 
-    def not_supported_reasons(self, device: str, dtype: torch.dtype) -> list[str]:
+    def not_supported_reasons(
+        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
+    ) -> list[str]:
         """Every reason why it cannot run a call on tensors of this device type and dtype."""
         reasons = []
         if _native is None:
@@ -118,40 +121,11 @@ class CpuBackend:
 
     def encoder(self, call: EncoderCall, isa: str) -> Tensor:
         """Write ``call.out`` by one call of the kernel."""
-        x, candidate, weights, weight_set, mask, lengths, options = call[:7]
-        user_index = call.user_index
-        out, latest_k = call.out, call.latest_k
-        packed = weight_set.derived((isa, options), _pack, weights, weight_set, options, isa)
-        if lengths is not None and (lengths.dtype != torch.int64 or not lengths.is_contiguous()):
-            lengths = lengths.to(torch.int64).contiguous()
-        x_stride, out_stride = x.stride(), out.stride()
-        packed.forward(
-            x.data_ptr(),
-            x.dtype is torch.bfloat16,
-            out.shape[0],
-            x.shape[1],
-            x_stride[0],
-            x_stride[1],
-            0 if candidate is None else candidate.data_ptr(),
-            0 if candidate is None else candidate.shape[1],
-            0 if candidate is None else candidate.stride(0),
-            0 if mask is None else mask.data_ptr(),
-            0 if mask is None else mask.stride(0),
-            0 if mask is None else mask.stride(1),
-            0 if lengths is None else lengths.data_ptr(),
-            _FUSION[call.fusion],
-            _PADDING[call.padding],
-            call.order == "latest_last",
-            -1 if latest_k is None else latest_k,
-            call.pool == "max",
-            out.data_ptr(),
-            out_stride[0],
-            out_stride[1] if latest_k is None else 0,
-            torch.get_num_threads(),
-            0 if user_index is None else user_index.data_ptr(),
-            x.shape[0],
+        packed = call.weight_set.derived(
+            (isa, call.options), _pack, call.weights, call.weight_set, call.options, isa
         )
-        return out
+        packed.forward(*encoder_arguments(call), torch.get_num_threads())
+        return call.out
 
     def request_scoring(self, call: EncoderCall, isa: str) -> Tensor:
         """Write ``call.out``: the encoder's kernel, with users apart from candidates."""
@@ -159,40 +133,10 @@ class CpuBackend:
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, isa: str) -> Tensor:
         """Write ``call.out`` by one call of the kernel."""
-        x, mean, var, weight, bias, options, out = call
-        mean, var = _fp32(mean), _fp32(var)
-        weight = None if weight is None else _fp32(weight)
-        bias = None if bias is None else _fp32(bias)
-        # Rows of channels (outer, inner, C), or rows of positions (outer, C, inner).
-        channels_last = x.dim() == 2 or x.stride(1) < x.stride(2)
-        if x.dim() == 2:
-            outer, inner = 1, x.shape[0]
-            x_outer, x_row, out_outer, out_row = 0, x.stride(0), 0, out.stride(0)
-        else:
-            outer, inner = x.shape[0], x.shape[2]
-            row = 2 if channels_last else 1
-            x_outer, x_row = x.stride(0), x.stride(row)
-            out_outer, out_row = out.stride(0), out.stride(row)
-        _batch_norm_kernel(isa).forward(
-            x.data_ptr(),
-            x.dtype is torch.bfloat16,
-            channels_last,
-            outer,
-            inner,
-            x.shape[1],
-            x_outer,
-            x_row,
-            mean.data_ptr(),
-            var.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            *options,
-            out.data_ptr(),
-            out_outer,
-            out_row,
-            torch.get_num_threads(),
-        )
-        return out
+        arguments, kept = batch_norm_arguments(call)
+        _batch_norm_kernel(isa).forward(*arguments, torch.get_num_threads())
+        del kept  # the call is over
+        return call.out
 
     def linear(self, call: LinearCall, isa: str) -> Tensor:
         """Write ``call.out`` by one call of the kernel."""
@@ -212,7 +156,7 @@ class CpuBackend:
 
 def _pack_linear(weights: Sequence[Tensor | None], options: LinearOptions, isa: str) -> Any:
     """The native object that holds the weights and norms for one instruction set."""
-    plain = [None if w is None else _fp32(w) for w in weights]  # kept until the copy is made
+    plain = [None if w is None else fp32(w) for w in weights]  # kept until the copy is made
     pointers = [0 if w is None else w.data_ptr() for w in plain]
     weight = weights[0]
     assert weight is not None
@@ -235,20 +179,12 @@ def _batch_norm_kernel(isa: str) -> Any:
     return _native.ResilientBatchNorm(isa)
 
 
-def _fp32(tensor: Tensor) -> Tensor:
-    if tensor.dtype is torch.float32 and tensor.is_contiguous():
-        return tensor
-    return tensor.detach().to(torch.float32).contiguous()
-
-
 def _pack(
     weights: Sequence[Tensor | None], weight_set: WeightSet, options: EncoderOptions, isa: str
 ) -> Any:
     """The native object that holds the weights in the layout of one instruction set."""
     shape = weight_set.shape
-    plain = [
-        None if w is None else w.detach().to(torch.float32).contiguous() for w in weights
-    ]  # kept until the copy is made
+    plain = [None if w is None else fp32(w) for w in weights]  # kept until the copy is made
     pointers = [0 if w is None else w.data_ptr() for w in plain]
     end = shape.num_layers * PER_LAYER
     return _native.EncoderWeights(

@@ -11,6 +11,7 @@ from seqkernels import reference
 from seqkernels.backends.call import (
     EncoderCall,
     EncoderOptions,
+    EncoderSize,
     LinearCall,
     LinearOptions,
     ResilientBatchNormCall,
@@ -23,8 +24,11 @@ class ReferenceBackend:
     """Runs `seqkernels.reference`."""
 
     name = "reference"
+    devices: tuple[str, ...] = ()
 
-    def not_supported_reasons(self, device: str, dtype: torch.dtype) -> list[str]:
+    def not_supported_reasons(
+        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
+    ) -> list[str]:
         """Nothing keeps it from running."""
         return []
 

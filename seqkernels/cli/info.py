@@ -11,10 +11,17 @@ from rich.console import Console
 import seqkernels
 from seqkernels import backends, settings
 from seqkernels.backends import cpu
+from seqkernels.backends.cuda import not_built_reason
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.tables import make
 
-_CASES = (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float64))
+_CASES = (
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    ("cpu", torch.float64),
+    ("cuda", torch.float32),
+    ("cuda", torch.bfloat16),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +42,13 @@ def tables() -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Title, columns and rows of each table."""
     return [
         ("seqkernels", ("what", "value"), _versions()),
-        ("Native CPU module", ("what", "value"), _native_module()),
+        ("Native module", ("what", "value"), _native_module()),
         (
             "CPU instruction sets, best first",
             ("name", "this machine", "chosen", "because"),
             _instruction_sets(),
         ),
-        ("Backends, the same for each op", ("input", "runs", "not", "because"), _backends()),
+        ("Backends for the encoder", ("input", "runs", "not", "because"), _backends()),
         ("Settings (environment)", ("variable", "set to", "in effect"), _settings()),
     ]
 
@@ -65,6 +72,7 @@ def _native_module() -> list[tuple[str, ...]]:
         ("file", str(native.__file__)),
         ("processor", native.processor()),
         *native.build_info().items(),
+        ("CUDA kernels", getattr(native, "cuda_build", None) or not_built_reason()),
     ]
 
 

@@ -173,7 +173,8 @@ class EngagementRanker(nn.Module):
     config : EngagementRankerConfig
         Sizes and options.
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``, for the encoder and the norms.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``, for the encoder and
+        the norms.
 
     Attributes
     ----------

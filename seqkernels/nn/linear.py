@@ -26,7 +26,7 @@ class Linear(nn.Linear):
     in_features, out_features, bias, device, dtype
         As in ``torch.nn.Linear``.
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Notes
     -----

@@ -50,7 +50,7 @@ class ResilientBatchNorm1d(nn.BatchNorm1d):
         Bound of the normalized value. The default, ten standard deviations, cuts off next to
         nothing of what was seen in training; ``math.inf`` for none.
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Notes
     -----

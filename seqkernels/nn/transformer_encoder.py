@@ -197,7 +197,7 @@ device, dtype
         What positions that ``src_key_padding_mask`` ignores return: ``"compute"`` (default, what
         torch's layer gives): a query like any other, never a key; or ``"zero"``.
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Notes
     -----
@@ -394,7 +394,7 @@ class TransformerEncoder(_Fused, nn.TransformerEncoder):
         Default: what torch's class with these arguments gives in eval mode under
         ``inference_mode`` (see Notes).
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Notes
     -----

@@ -58,7 +58,7 @@ class UserSequenceEncoder(nn.Module):
     final_norm : bool
         Whether a layer norm follows the last layer.
     backend : str
-        ``"auto"``, ``"cpu"`` or ``"reference"``.
+        ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from torch import Tensor
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
 from seqkernels.backends.call import EncoderCall, EncoderOptions
-from seqkernels.backends.encoder_weights import LAYOUT, read_shape
+from seqkernels.backends.encoder_weights import LAYOUT, EncoderShape, read_shape
 from seqkernels.backends.weights import lookup
 from seqkernels.ops.library import LIBRARY, NAMESPACE, is_exporting, nobody_listens
 
@@ -222,9 +222,29 @@ def _shape(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
 
 
+def choose_encoder(
+    op: str, backend: str, dtype: torch.dtype, shape: EncoderShape, nhead: int
+) -> tuple[backends.Choice, str]:
+    """The backend for a call of `op`, and its key in ``backends.calls``."""
+    kind = shape.device.type
+    size = None
+    if kind != "cpu":  # whose kernels take every size
+        size = backends.EncoderSize(shape.d_model, nhead, shape.dim_feedforward, shape.num_layers)
+    return backends.choose(op, backend, kind, dtype, size)
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it holds values, rather than stand in for them while a graph is traced."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether its values may be looked at.
+
+    Not while a graph is traced, nor on a GPU: that would wait for it, and cannot be captured in a
+    CUDA graph. The kernels there read nothing outside the tensors, whatever a length or an index
+    says; what they return for such a sequence means nothing.
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
 
 
 def bool_mask(mask: Tensor, op: str = "encoder") -> Tensor:
@@ -309,7 +329,7 @@ def _run(
         pool,
     )
     check_inputs(x, candidate, key_padding_mask, lengths, fusion, d_model, device)
-    choice, label = backends.choose("encoder", backend, device.type, x.dtype)
+    choice, label = choose_encoder("encoder", backend, x.dtype, weight_set.shape, nhead)
 
     out = _new_output(x, d_model, fusion, latest_k, pool)
     batch, length, _ = x.shape
@@ -321,6 +341,8 @@ def _run(
     _check_length(x, fusion)
     if lengths is not None and choice.backend.name == "reference":
         check_lengths(lengths, length)
+    if lengths is not None:
+        lengths = lengths.to(torch.int64).contiguous()
     if x.stride(2) != 1:
         x = x.contiguous()
     if candidate is not None and candidate.stride(1) != 1:

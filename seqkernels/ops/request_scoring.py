@@ -31,6 +31,7 @@ from seqkernels.ops.encoder import (
     check_options,
     check_validity,
     checked_options,
+    choose_encoder,
     ignored_positions,
     is_plain,
 )
@@ -148,13 +149,14 @@ def _run(
         pool,
     )
     _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
-    choice, label = backends.choose(_OP, backend, shape.device.type, events.dtype)
+    choice, label = choose_encoder(_OP, backend, events.dtype, shape, nhead)
     mask = key_padding_mask
     if mask is not None and mask.dtype is not torch.bool:
         mask = bool_mask(mask, _OP)
     check_user_index(user_index, events.shape[0])
     if lengths is not None:
         check_lengths(lengths, events.shape[1], _OP)
+        lengths = lengths.to(torch.int64).contiguous()
     out = _new_output(events, candidates, shape.d_model, fusion, latest_k, pool)
     if candidates.shape[0] == 0:
         return out

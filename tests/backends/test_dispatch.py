@@ -170,7 +170,7 @@ def test_without_a_usable_native_module(error: str, told: str) -> None:
     result = run_python(code)
     assert result.stderr.count("encoder: runs the plain PyTorch definition") == 1
     assert told in result.stderr
-    unavailable, _, info = result.stdout.partition("Native CPU module")
+    unavailable, _, info = result.stdout.partition("Native module")
     assert "swap: backend 'cpu' cannot run:" in unavailable
     assert told in unavailable
     assert told in " ".join(info.split())

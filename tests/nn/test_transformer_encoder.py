@@ -662,7 +662,10 @@ def test_constructor_forms_of_activations() -> None:
             "activation: expected one of relu, gelu, gelu_tanh, leaky_relu or",
         ),
         ({"padded_output": "nan"}, "padded_output: expected one of zero, compute, got 'nan'"),
-        ({"backend": "cuda"}, "backend: expected one of auto, cpu, reference, got 'cuda'"),
+        (
+            {"backend": "gpu"},
+            "backend: expected one of auto, cuda, triton, cpu, reference, got 'gpu'",
+        ),
     ],
     ids=str,
 )

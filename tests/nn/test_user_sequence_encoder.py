@@ -207,7 +207,10 @@ def test_bad_inputs(mode: str) -> None:
         ({"fusion": "append"}, "candidate_dim: expected 16 for fusion='append'"),
         ({"fusion": "none"}, "candidate_dim: expected 0 for fusion='none'"),
         ({"candidate_dim": -1}, "candidate_dim: expected 0 for fusion='concat'"),
-        ({"backend": "cuda"}, "backend: expected one of auto, cpu, reference, got 'cuda'"),
+        (
+            {"backend": "gpu"},
+            "backend: expected one of auto, cuda, triton, cpu, reference, got 'gpu'",
+        ),
         ({"activation": "swish"}, "activation: expected one of relu, gelu"),
     ],
     ids=str,

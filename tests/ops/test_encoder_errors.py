@@ -47,8 +47,8 @@ VALUE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "padding: 'exclude' needs pool='max', got pool='none'",
     ),
     "backend": (
-        {"backend": "cuda"},
-        "backend: expected one of auto, cpu, reference, got 'cuda'",
+        {"backend": "gpu"},
+        "backend: expected one of auto, cuda, triton, cpu, reference, got 'gpu'",
     ),
     "no candidate": (
         {"fusion": "concat"},
@@ -260,7 +260,7 @@ def test_forced_backend_with_gradients() -> None:
         call(x=X.clone().requires_grad_(), backend="cpu")
 
 
-@pytest.mark.parametrize("name", ["cuda", "fast"])
+@pytest.mark.parametrize("name", ["gpu", "fast"])
 def test_unknown_backend_in_the_environment(name: str) -> None:
     with (
         settings.override(backend=name),

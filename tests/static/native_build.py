@@ -15,7 +15,10 @@ BUILD_DIR = ROOT / "build" / "native"  # where setup.py compiles for an in-place
 
 @functools.cache
 def native_objects() -> dict[str, Path]:
-    """Source stem -> up-to-date object; compiles what changed since the last `make native`."""
+    """Source -> up-to-date object; compiles what changed since the last `make native`.
+
+    A source of csrc/cpu is named by its stem, any other by its path in csrc.
+    """
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=ROOT,
@@ -24,8 +27,13 @@ def native_objects() -> dict[str, Path]:
     )
     entries = json.loads((BUILD_DIR / "compile_commands.json").read_text())
     return {
-        Path(entry["file"]).stem: Path(entry["directory"], entry["output"]) for entry in entries
+        _name(Path(entry["file"])): Path(entry["directory"], entry["output"]) for entry in entries
     }
+
+
+def _name(source: Path) -> str:
+    path = source.relative_to(ROOT / "csrc")
+    return path.stem if path.parts[0] == "cpu" else str(path)
 
 
 def native_module() -> Path:

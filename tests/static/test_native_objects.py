@@ -120,9 +120,9 @@ def test_module_exports_its_init_function_alone() -> None:
 
 
 def test_module_needs_only_the_system() -> None:
-    """Neither torch, nor CUDA, nor an OpenMP run-time of its own."""
+    """Neither torch, nor a CUDA library or driver, nor an OpenMP run-time of its own."""
     needed = re.findall(
         r"NEEDED\s+(\S+)", run_tool("objdump", "--private-headers", native_module())
     )
-    system = r"(libstdc\+\+|libgcc_s|libm|libc|libpthread|ld-linux-x86-64)\.so\.\d+"
+    system = r"(libstdc\+\+|libgcc_s|libm|libc|libpthread|librt|libdl|ld-linux-x86-64)\.so\.\d+"
     assert [name for name in needed if not re.fullmatch(system, name)] == []

@@ -1,0 +1,72 @@
+// The launchers of cuda_encoder.h and cuda_resilient_batch_norm.h on the host: all memory is the
+// host's, streams mean nothing, and a fault that the emulation notices is the error.
+#include "host_emulation/launchers.h"
+
+#include "cuda/encoder.cuh"
+#include "cuda/encoder_pack.h"
+#include "cuda/resilient_batch_norm.cuh"
+#include "host_emulation/launch.h"
+#include "seqkernels/cuda_encoder.h"
+#include "seqkernels/cuda_resilient_batch_norm.h"
+
+namespace seqkernels {
+namespace host_emulation {
+
+LaunchSettings& launch_settings() {
+  static LaunchSettings settings;
+  return settings;
+}
+
+namespace {
+
+template <class Kernel, class... Args>
+std::string run(Kernel kernel, int grid, int threads, int64_t shared_bytes, const Args&... args) {
+  LaunchSettings& s = launch_settings();
+  try {
+    s.counters =
+        launch(kernel, grid, threads, static_cast<size_t>(shared_bytes), s.schedule, args...);
+    ++s.launches;
+  } catch (const EmulationError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+}  // namespace host_emulation
+
+namespace cuda {
+namespace {
+
+using EncoderKernel = void (*)(EncoderParams);
+
+#define SEQKERNELS_KERNEL(...) &encoder_kernel<EncoderClass<__VA_ARGS__>>,
+constexpr EncoderKernel kEncoderKernels[] = {SEQKERNELS_CUDA_ENCODER_INSTANCES(SEQKERNELS_KERNEL)};
+#undef SEQKERNELS_KERNEL
+
+}  // namespace
+
+EncoderDevice encoder_device(int, std::string*) {
+  return host_emulation::launch_settings().device;
+}
+
+std::string launch_encoder(const EncoderShape& shape, const EncoderPlan& plan,
+                           const EncoderCall& call, const void* packed, void* workspace, void*) {
+  if (!plan.reasons.empty()) return "encoder: cuda: " + plan.reasons[0];
+  return host_emulation::run(kEncoderKernels[plan.instance], plan.grid, plan.threads,
+                             plan.shared_bytes,
+                             encoder_params(shape, plan, call, packed, workspace));
+}
+
+std::string launch_resilient_batch_norm(const ResilientBatchNormCall& call, void*) {
+  const std::string wrong = check_resilient_batch_norm(call);
+  if (!wrong.empty()) return wrong;
+  if (call.outer == 0 || call.inner == 0) return "";
+  const ResilientBatchNormPlan plan =
+      plan_resilient_batch_norm(call, host_emulation::launch_settings().device.multiprocessors);
+  return host_emulation::run(resilient_batch_norm_kernel_of(plan), plan.grid,
+                             ResilientBatchNormPlan::kThreads, 0, plan.params);
+}
+
+}  // namespace cuda
+}  // namespace seqkernels

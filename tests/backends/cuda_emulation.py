@@ -1,0 +1,86 @@
+"""The CUDA backend on machines without a GPU: its kernels, compiled for the host, on CPU tensors.
+
+Everything else is what runs on a GPU: dispatch, packing, the binding, the launchers' plans.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqkernels import backends
+from seqkernels.backends.cuda import CudaBackend
+from tests.cpp.building import ROOT, find_tool, run_cmake
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulation is built on Linux")
+
+
+@functools.cache
+def emulation() -> Any:
+    """The module `_cuda_emulation`, compiled where its sources changed."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed (extra [test])")
+    folder = ROOT / "build" / "cuda-emulation"
+    configure = [
+        *(find_tool("cmake"), "-S", str(ROOT), "-B", str(folder)),
+        *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"),
+        *("-DSEQKERNELS_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DSEQKERNELS_WERROR=ON"),
+    ]
+    run_cmake(folder, configure, ["_cuda_emulation"])
+    (path,) = folder.glob("_cuda_emulation*.so")
+    return _load(path)
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("_cuda_emulation", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EmulatedCuda(CudaBackend):
+    """Takes CPU tensors for device memory."""
+
+    devices = ("cpu",)
+
+    def kernels(self) -> Any:
+        return emulation()
+
+    def variant(self) -> str:
+        return "emulated"
+
+    def stream(self, tensor: Tensor) -> tuple[int, int]:
+        return 0, 0
+
+    def on(self, tensor: Tensor) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def device_reasons(self) -> list[str]:
+        return []
+
+
+@contextmanager
+def emulated_cuda(order: str = "forward", seed: int = 0) -> Iterator[Any]:
+    """Let ``backend="cuda"`` mean the emulation, and count its launches."""
+    module = emulation()
+    module.set_schedule(order, seed)
+    before = backends.BACKENDS
+    backends._choices.clear()
+    backends.BACKENDS = (EmulatedCuda(), *(b for b in before if b.name != "cuda"))
+    try:
+        with torch.inference_mode():
+            yield module
+    finally:
+        backends.BACKENDS = before
+        backends._choices.clear()

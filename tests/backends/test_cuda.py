@@ -1,0 +1,176 @@
+"""The CUDA kernels, executed on the host, from the op down: the rule for numerics, hard values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqkernels import BackendUnavailableError, backends, ops, settings
+from seqkernels.backends.cuda import CudaBackend
+from seqkernels.reference import ChannelNorm
+from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle
+from tests.backends.cuda_emulation import emulated_cuda
+from tests.backends.encoder_runs import oracle, pairwise_cases
+from tests.backends.test_request_scoring import RESTS, Request
+from tests.backends.test_resilient_batch_norm import by_channel, definition, lay_out
+from tests.channel_norms import channel_norm, rounded
+
+SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
+
+
+def run(problem: EncoderProblem, *schedule: Any) -> Tensor:
+    """The op on the emulation: one launch."""
+    with emulated_cuda(*schedule) as module:
+        before = module.launches()
+        result = problem.run("cuda")
+        assert module.launches() == before + (len(problem.x) > 0)
+    return result
+
+
+def emulated_cases() -> list[EncoderCase]:
+    """Of the grid what the kernels take, in sizes that the emulation does in a second."""
+    cases = [c for c in pairwise_cases() if c.d_model <= 128]
+    return [dataclasses.replace(c, num_layers=min(c.num_layers, 2)) for c in cases]
+
+
+TRANSACT = EncoderCase(
+    fusion="concat", latest_k=8, pool="max", candidate_dim=32, mask="right", mask_form="lengths"
+)
+HARD = {
+    "TransAct": dataclasses.replace(TRANSACT, batch=3),
+    "lengths at strip edges": EncoderCase(
+        batch=7, length=112, mask="right", valid=(1, 15, 16, 17, 100, 112, 2), poison=math.nan
+    ),
+    "x3": EncoderCase(sharpen=3.0, mask="right", valid=(100, 60, 40)),
+    "x40": EncoderCase(sharpen=40.0, num_layers=1, batch=2),
+    "1e4": EncoderCase(scale=1e4, mask="right", batch=2),
+    "nobody": EncoderCase(mask="all", poison=math.nan, batch=2),
+    "nobody, computed": EncoderCase(mask="all", padding="compute", batch=2),
+    "some empty": EncoderCase(batch=3, mask="empty", poison=math.inf, final_norm=True),
+    "long": EncoderCase(length=300, batch=1, num_layers=1, mask="holes"),
+}
+
+
+@pytest.mark.parametrize("case", emulated_cases(), ids=lambda case: f"grid{case.seed}")
+def test_encoder_grid(case: EncoderCase) -> None:
+    problems, golden, low_precision = oracle(case)
+    results = [run(problem) for problem in problems]
+    assert_close_to_oracle(results, golden, low_precision, label=str(case))
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard(name: str) -> None:
+    problems, golden, low_precision = oracle(HARD[name])
+    results = [run(problem) for problem in problems]
+    assert_close_to_oracle(results, golden, low_precision, label=name)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=str)
+def test_schedules_give_the_same_bits(schedule: tuple[str, int]) -> None:
+    case = dataclasses.replace(TRANSACT, batch=2, length=50)
+    problem = case.problem()
+    assert torch.equal(run(problem), run(problem, *schedule))
+
+
+def test_bits_do_not_depend_on_company() -> None:
+    problem = dataclasses.replace(TRANSACT, batch=3, length=40).problem()
+    whole = run(problem)
+    for b in range(3):
+        changes = {
+            name: getattr(problem, name)[b : b + 1]
+            for name in ("x", "candidate", "key_padding_mask", "lengths")
+            if getattr(problem, name) is not None
+        }
+        assert torch.equal(run(dataclasses.replace(problem, **changes)), whole[b : b + 1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        EncoderCase(length=60, fusion="concat", latest_k=10, pool="max", mask="right"),
+        EncoderCase(length=33, fusion="append", mask="holes", latest_k=4, poison=math.nan),
+    ],
+    ids=str,
+)
+def test_request_scoring(case: EncoderCase) -> None:
+    request = Request.draw(case, 5)
+    p, repeated = request.problem, request.repeated()
+    with emulated_cuda():
+        result = ops.request_scoring(
+            p.x,
+            request.candidates,
+            request.user_index,
+            list(p.weights),
+            p.key_padding_mask,
+            p.lengths,
+            *(p.options[name] for name in RESTS),
+            "cuda",
+        )
+    assert_close_to_oracle(result, repeated.golden(), repeated.low_precision())
+
+
+def batch_norm(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:
+    with emulated_cuda() as module:
+        before = module.launches()
+        y = ops.resilient_batch_norm(x, *norm, activation, 0.2, "cuda")
+        assert module.launches() == before + 1
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "wide rows"])
+@pytest.mark.parametrize("shape", [(97, 16), (64, 35), (9, 5, 100), (30, 64, 1)], ids=str)
+def test_batch_norm(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    for bounded in (False, True):
+        for activation in ("none", "relu", "gelu"):
+            norm = channel_norm(shape[1], bounded=bounded)
+            x = lay_out(rounded(torch.randn(shape, generator=g)).to(dtype), layout)
+            golden = definition(x.double(), norm, activation)
+            low = definition(x.bfloat16(), norm, activation)
+            y = batch_norm(x, norm, activation)
+            assert_close_to_oracle(by_channel(y), by_channel(golden), by_channel(low))
+
+
+def test_batch_norm_stays_within_its_bounds() -> None:
+    """Degenerate statistics, inputs that are no numbers: at most max_abs |g| + |b|."""
+    variances = [0.0, 1e-12, 1e-42, 1.0, 1e30, math.inf, math.nan, -1.0]
+    var = torch.tensor(variances)
+    norm = ChannelNorm(
+        torch.zeros(8), var, torch.full((8,), -2.0), torch.full((8,), 0.5), 1e-5, 1e-4, 10.0
+    )
+    values = torch.tensor([0.0, 1.0, -3.0, 1e6, 1e30, math.inf, -math.inf, math.nan])
+    y = batch_norm(values[:, None].expand(8, 8).contiguous(), norm)
+    assert (y.abs() <= 10.0 * 2.0 + 0.5).all()
+    uninformative = ~var.isfinite() | (var < 0)
+    assert (y[:, uninformative] == 0.5).all()
+    assert (y[-1] == 0.5).all()  # NaN
+
+
+def test_a_width_that_no_kernel_takes_is_a_reason() -> None:
+    with emulated_cuda() as module:
+        assert module.encoder_unsupported_reasons(96, 2, 32, 2) == []
+        (reason,) = module.encoder_unsupported_reasons(4096, 8, 32, 2)
+    assert reason.startswith("d_model: expected at most")
+    assert reason.endswith("got 4096")
+
+
+def test_without_a_gpu_every_reason_is_told() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    reasons = CudaBackend().not_supported_reasons("encoder", "cuda", torch.float64, None)
+    assert any("CUDA" in reason for reason in reasons)
+    assert "dtype torch.float64, it takes float32 and bfloat16" in reasons
+    with pytest.raises(BackendUnavailableError, match="tensors on cpu, it takes CUDA tensors"):
+        EncoderCase(length=3).problem().run("cuda")
+    with settings.override(backend="auto"):
+        choice = backends.resolve("encoder", "auto", "cuda", torch.float32)
+        assert choice.backend.name == "reference"
+        assert "cuda" in dict(choice.rejected)
+        # and nobody misses it on the CPU
+        assert "cuda" not in dict(backends.resolve("linear", "auto", "cpu", torch.half).rejected)
