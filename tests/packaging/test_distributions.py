@@ -22,7 +22,7 @@ def tracked(folder: str, *suffixes: str) -> set[str]:
 def test_sdist_holds_all_sources_and_no_build_results(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = tracked("csrc", ".h", ".cpp") | tracked("seqkernels", ".py")
+    expected = tracked("csrc", ".h", ".cpp", ".cu", ".cuh") | tracked("seqkernels", ".py")
     expected |= tracked("tests", ".py", ".cpp")
     expected |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     expected |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "constraints-dev.txt"}

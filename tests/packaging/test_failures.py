@@ -83,6 +83,29 @@ def test_jobs_are_bounded(setup_module_: ModuleType, monkeypatch: pytest.MonkeyP
         setup_module_.job_count()
 
 
+def test_cuda_is_found_or_its_absence_told(
+    setup_module_: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SEQKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setup_module_, "find_nvcc", lambda: None)
+    assert setup_module_.find_cuda().missing == "no nvcc was found when it was compiled"
+    monkeypatch.setenv("SEQKERNELS_CUDA", "1")
+    with pytest.raises(CompileError, match="SEQKERNELS_CUDA=1, but no nvcc was found"):
+        setup_module_.find_cuda()
+    monkeypatch.setattr(setup_module_, "find_nvcc", lambda: "/somewhere/nvcc")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0;9.0a;12.0+PTX")
+    assert setup_module_.find_cuda().architectures == ("80-real", "90a-real", "120")
+    monkeypatch.setenv("SEQKERNELS_CUDA", "0")
+    assert setup_module_.find_cuda().nvcc is None
+    monkeypatch.setenv("SEQKERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="SEQKERNELS_CUDA: expected 0 or 1, got 'yes'"):
+        setup_module_.find_cuda()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "best")
+    with pytest.raises(CompileError, match=r"expected numbers such as 9\.0 .*, got 'best'"):
+        setup_module_.cuda_architectures("/somewhere/nvcc")
+
+
 @pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
 def test_environment_without_torch(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
