@@ -264,7 +264,7 @@ def test_forced_backend_with_gradients() -> None:
 def test_unknown_backend_in_the_environment(name: str) -> None:
     with (
         settings.override(backend=name),
-        pytest.raises(ValueError, match=f"SEQKERNELS_BACKEND: expected one of auto, cpu.*{name}"),
+        pytest.raises(ValueError, match=f"SEQKERNELS_BACKEND: expected one of auto, cuda.*{name}"),
     ):
         call()
 
