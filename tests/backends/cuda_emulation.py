@@ -21,8 +21,6 @@ from seqkernels import backends
 from seqkernels.backends.cuda import CudaBackend
 from tests.cpp.building import ROOT, find_tool, run_cmake
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulation is built on Linux")
-
 
 @functools.cache
 def emulation() -> Any:
