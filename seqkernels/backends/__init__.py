@@ -72,10 +72,7 @@ class Backend(Protocol):
         """Which of its variants runs, "" where there is one."""
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Run the op ``encoder``."""
-
-    def request_scoring(self, call: EncoderCall, variant: str) -> Tensor:
-        """Run the op ``request_scoring``."""
+        """Run the op ``encoder``, or with ``call.user_index`` the op ``request_scoring``."""
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
         """Run the op ``linear``."""

@@ -127,10 +127,6 @@ class CpuBackend:
         packed.forward(*encoder_arguments(call), torch.get_num_threads())
         return call.out
 
-    def request_scoring(self, call: EncoderCall, isa: str) -> Tensor:
-        """Write ``call.out``: the encoder's kernel, with users apart from candidates."""
-        return self.encoder(call, isa)
-
     def resilient_batch_norm(self, call: ResilientBatchNormCall, isa: str) -> Tensor:
         """Write ``call.out`` by one call of the kernel."""
         arguments, kept = batch_norm_arguments(call)

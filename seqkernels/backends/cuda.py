@@ -27,7 +27,6 @@ from seqkernels.backends.native_arguments import batch_norm_arguments, encoder_a
 from seqkernels.backends.weights import WeightSet
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_OPS = ("encoder", "request_scoring", "resilient_batch_norm")
 _LOWEST_CAPABILITY = (8, 0)
 
 
@@ -97,10 +96,6 @@ class CudaBackend:
         with self.on(call.out):
             model.forward(packed.data_ptr(), allocate, device, stream, *encoder_arguments(call))
         return call.out
-
-    def request_scoring(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``: the encoder's kernel, which reads each candidate's user in place."""
-        return self.encoder(call, variant)
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
         """Write ``call.out`` by one launch."""

@@ -37,7 +37,7 @@ class ReferenceBackend:
         return ""
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``."""
+        """Write ``call.out``; with ``call.user_index``, of request scoring."""
         with torch.no_grad():
             result = encoder(
                 call.x,
@@ -51,27 +51,7 @@ class ReferenceBackend:
                 call.order,
                 call.latest_k,
                 call.pool,
-            )
-            return call.out.copy_(result)
-
-    def request_scoring(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``."""
-        assert call.candidate is not None
-        assert call.user_index is not None
-        with torch.no_grad():
-            result = request_scoring(
-                call.x,
-                call.candidate,
                 call.user_index,
-                call.weights,
-                call.mask,
-                call.lengths,
-                call.options,
-                call.fusion,
-                call.padding,
-                call.order,
-                call.latest_k,
-                call.pool,
             )
             return call.out.copy_(result)
 
@@ -98,54 +78,24 @@ def encoder(
     order: str,
     latest_k: int | None,
     pool: str,
+    user_index: Tensor | None = None,
 ) -> Tensor:
-    """Evaluate `seqkernels.reference.encoder` in the dtype of x, whatever autocast says."""
+    """Evaluate `seqkernels.reference.encoder` in the dtype of x, whatever autocast says.
+
+    With `user_index`, `seqkernels.reference.request_scoring`.
+    """
+    chosen = options._asdict() | {
+        "fusion": fusion,
+        "padding": padding,
+        "order": order,
+        "latest_k": latest_k,
+        "pool": pool,
+    }
     with torch.autocast(x.device.type, enabled=False):
-        return reference.encoder(
-            x,
-            candidate,
-            weights,
-            mask,
-            lengths,
-            fusion=fusion,
-            padding=padding,
-            order=order,
-            latest_k=latest_k,
-            pool=pool,
-            **options._asdict(),
-        )
-
-
-def request_scoring(
-    events: Tensor,
-    candidates: Tensor,
-    user_index: Tensor,
-    weights: Sequence[Tensor | None],
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    options: EncoderOptions,
-    fusion: str,
-    padding: str,
-    order: str,
-    latest_k: int | None,
-    pool: str,
-) -> Tensor:
-    """Evaluate `seqkernels.reference.request_scoring`, whatever autocast says."""
-    with torch.autocast(events.device.type, enabled=False):
-        return reference.request_scoring(
-            events,
-            candidates,
-            user_index,
-            weights,
-            mask,
-            lengths,
-            fusion=fusion,
-            padding=padding,
-            order=order,
-            latest_k=latest_k,
-            pool=pool,
-            **options._asdict(),
-        )
+        if user_index is None:
+            return reference.encoder(x, candidate, weights, mask, lengths, **chosen)
+        assert candidate is not None
+        return reference.request_scoring(x, candidate, user_index, weights, mask, lengths, **chosen)
 
 
 def resilient_batch_norm(

@@ -202,18 +202,7 @@ class UserSequenceEncoder(nn.Module):
                 now.weights,
                 key_padding_mask,
                 lengths,
-                now.nhead,
-                now.activation,
-                now.negative_slope,
-                now.norm_first,
-                now.eps,
-                now.final_eps,
-                self.fusion,
-                self.pool_padding,
-                self.order,
-                self.latest_k,
-                self.pool,
-                self.backend,
+                *self._options(now),
             )
         self._report("encoder")
         return self._definition(events, candidate, key_padding_mask, lengths)
@@ -295,18 +284,7 @@ class UserSequenceEncoder(nn.Module):
                 now.weights,
                 key_padding_mask,
                 lengths,
-                now.nhead,
-                now.activation,
-                now.negative_slope,
-                now.norm_first,
-                now.eps,
-                now.final_eps,
-                self.fusion,
-                self.pool_padding,
-                self.order,
-                self.latest_k,
-                self.pool,
-                self.backend,
+                *self._options(now),
             )
         self._report("request_scoring")
         check_user_index(user_index, events.shape[0])
@@ -326,6 +304,23 @@ class UserSequenceEncoder(nn.Module):
         if now is None or now.norm_outside or encoder._forward_hooks or encoder._forward_pre_hooks:
             return None
         return now
+
+    def _options(self, now: read.Encoder) -> tuple[Any, ...]:
+        """What both ops take behind their tensors."""
+        return (
+            now.nhead,
+            now.activation,
+            now.negative_slope,
+            now.norm_first,
+            now.eps,
+            now.final_eps,
+            self.fusion,
+            self.pool_padding,
+            self.order,
+            self.latest_k,
+            self.pool,
+            self.backend,
+        )
 
     def _report(self, op: str) -> None:
         reasons = self.fallback_reasons()

@@ -119,35 +119,12 @@ def _run(
     weights: Sequence[Tensor | None],
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    nhead: int,
-    activation: str,
-    negative_slope: float,
-    norm_first: bool,
-    layer_norm_eps: float,
-    final_norm_eps: float,
-    fusion: str,
-    padding: str,
-    order: str,
-    latest_k: int | None,
-    pool: str,
-    backend: str,
+    *options: Any,
 ) -> Tensor:
     weight_set = lookup(LAYOUT, weights)
     shape: EncoderShape = weight_set.shape
-    options = checked_options(
-        shape.d_model,
-        nhead,
-        activation,
-        negative_slope,
-        norm_first,
-        layer_norm_eps,
-        final_norm_eps,
-        fusion,
-        padding,
-        order,
-        latest_k,
-        pool,
-    )
+    nhead, *_, fusion, padding, order, latest_k, pool, backend = options
+    of_model = checked_options(shape.d_model, *options[:-1])
     _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
     choice, label = choose_encoder(_OP, backend, events.dtype, shape, nhead)
     mask = key_padding_mask
@@ -167,7 +144,7 @@ def _run(
         weight_set,
         mask,
         lengths,
-        options,
+        of_model,
         fusion,
         padding,
         order,
@@ -176,7 +153,7 @@ def _run(
         out,
         user_index.to(torch.int64).contiguous(),
     )
-    result = choice.backend.request_scoring(call, choice.variant)
+    result = choice.backend.encoder(call, choice.variant)
     backends.calls[label] += 1
     return result
 
@@ -188,35 +165,13 @@ def _fake(
     weights: Sequence[Tensor | None],
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    nhead: int,
-    activation: str,
-    negative_slope: float,
-    norm_first: bool,
-    layer_norm_eps: float,
-    final_norm_eps: float,
-    fusion: str,
-    padding: str,
-    order: str,
-    latest_k: int | None,
-    pool: str,
-    backend: str,
+    *options: Any,
 ) -> Tensor:
     """The checks of `_run` that need no values, and an empty output like its."""
     shape = read_shape(weights)
-    check_options(
-        shape.d_model,
-        nhead,
-        activation,
-        negative_slope,
-        norm_first,
-        layer_norm_eps,
-        final_norm_eps,
-        fusion,
-        padding,
-        order,
-        latest_k,
-        pool,
-    )
+    *of_encoder, backend = options
+    check_options(shape.d_model, *of_encoder)
+    *_, fusion, _, _, latest_k, pool = of_encoder
     _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
     backends.check_name(backend, f"{_OP}: backend")
     return _new_output(events, candidates, shape.d_model, fusion, latest_k, pool)
@@ -263,10 +218,9 @@ def _differentiable(
     *of_encoder, fusion, padding, order, latest_k, pool, backend = options
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
         backends.report_fallback(_OP, backend, [_NEEDS_GRADIENT])
-    result = reference_backend.request_scoring(
+    result = reference_backend.encoder(
         events,
         candidates,
-        user_index,
         weights,
         # Always a bool mask: a traced graph cannot look at the values of the others.
         ignored_positions(events, key_padding_mask, lengths),
@@ -277,6 +231,7 @@ def _differentiable(
         order,
         latest_k,
         pool,
+        user_index,
     )
     if is_plain(events):
         backends.calls["reference"] += 1

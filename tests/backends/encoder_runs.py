@@ -1,10 +1,7 @@
 """How the tests of the encoder run it: on which instruction sets, on which grid of problems."""
 
 import functools
-import itertools
 import math
-import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from torch import Tensor
 from seqkernels import backends, settings
 from seqkernels.backends.cpu import import_error, native
 from seqkernels.testing import Closeness, EncoderCase, EncoderProblem, assert_close_to_oracle
+from tests.pairwise import pairwise_cases
 
 
 def instruction_sets() -> list[Any]:
@@ -115,41 +113,6 @@ def _legal(row: dict[str, Any]) -> bool:
     return row["shape"][0] > 7 or row["length"] > 1  # needs too many draws
 
 
-def pairwise_cases() -> list[EncoderCase]:
-    """Cases in which all pairs of legal values meet, chosen greedily and reproducibly."""
-    chooser = random.Random(0)
-
-    def rows() -> Iterator[tuple[tuple[str, int], ...]]:
-        while True:
-            row = tuple((name, chooser.randrange(len(v))) for name, v in _FACTORS.items())
-            if _legal({name: _FACTORS[name][i] for name, i in row}):
-                yield row
-
-    def pairs(row: tuple[tuple[str, int], ...]) -> set[tuple[tuple[str, int], ...]]:
-        return set(itertools.combinations(row, 2))
-
-    missing = set().union(*map(pairs, itertools.islice(rows(), 4000)))
-    chosen = []
-    while missing:
-        best = max(itertools.islice(rows(), 40), key=lambda row: len(pairs(row) & missing))
-        if pairs(best) & missing:
-            missing -= pairs(best)
-            chosen.append({name: _FACTORS[name][i] for name, i in best})
-    return [_case(row, i) for i, row in enumerate(chosen)]
-
-
-def _case(row: dict[str, Any], seed: int) -> EncoderCase:
-    row = dict(row)
-    row["d_model"], row["nhead"], row["dim_feedforward"] = row.pop("shape")
-    row["latest_k"], row["pool"] = row.pop("summary")
-    weights = row.pop("weights")
-    return EncoderCase(
-        **row,
-        bias="no bias" not in weights,
-        affine=weights != "no affine",
-        final_norm="final norm" in weights,
-        negative_slope=0.2,
-        layer_norm_eps=1e-5 if seed % 2 else 1e-2,
-        final_norm_eps=1e-3,
-        seed=seed,
-    )
+def grid_cases() -> list[EncoderCase]:
+    """The grid."""
+    return pairwise_cases(_FACTORS, _legal, 40)

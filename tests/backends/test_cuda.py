@@ -15,7 +15,7 @@ from seqkernels.backends.cuda import CudaBackend
 from seqkernels.reference import ChannelNorm
 from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.backends.cuda_emulation import emulated_cuda
-from tests.backends.encoder_runs import oracle, pairwise_cases
+from tests.backends.encoder_runs import grid_cases, oracle
 from tests.backends.test_request_scoring import RESTS, Request
 from tests.backends.test_resilient_batch_norm import by_channel, definition, lay_out
 from tests.channel_norms import channel_norm, rounded
@@ -34,7 +34,7 @@ def run(problem: EncoderProblem, *schedule: Any) -> Tensor:
 
 def emulated_cases() -> list[EncoderCase]:
     """Of the grid what the kernels take, in sizes that the emulation does in a second."""
-    cases = [c for c in pairwise_cases() if c.d_model <= 128]
+    cases = [c for c in grid_cases() if c.d_model <= 128]
     return [dataclasses.replace(c, num_layers=min(c.num_layers, 2)) for c in cases]
 
 
@@ -160,9 +160,8 @@ def test_a_width_that_no_kernel_takes_is_a_reason() -> None:
     assert reason.endswith("got 4096")
 
 
-def test_without_a_gpu_every_reason_is_told() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_without_a_gpu_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reasons = CudaBackend().not_supported_reasons("encoder", "cuda", torch.float64, None)
     assert any("CUDA" in reason for reason in reasons)
     assert "dtype torch.float64, it takes float32 and bfloat16" in reasons

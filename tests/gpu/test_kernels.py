@@ -15,7 +15,7 @@ from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_orac
 from tests.backends.test_request_scoring import RESTS, Request
 from tests.backends.test_resilient_batch_norm import by_channel, definition
 from tests.channel_norms import channel_norm, rounded
-from tests.triton.grid import pairwise_cases
+from tests.triton.grid import grid_cases
 
 LONG = EncoderCase(length=517, num_layers=1, mask="holes", poison=math.nan)
 
@@ -54,7 +54,7 @@ def run(problem: EncoderProblem, backend: str) -> Tensor:
         return on_gpu(problem).run(backend).cpu()
 
 
-@pytest.mark.parametrize("case", pairwise_cases(), ids=lambda case: f"grid{case.seed}")
+@pytest.mark.parametrize("case", grid_cases(), ids=lambda case: f"grid{case.seed}")
 def test_grid(case: EncoderCase, backend: str) -> None:
     check_encoder(case, lambda problem: run(problem, backend))
 

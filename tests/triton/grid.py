@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from seqkernels.testing import EncoderCase
+from tests.pairwise import pairwise_cases
 
 # Interpreting takes milliseconds a program.
 _FACTORS: dict[str, list[Any]] = {
@@ -45,42 +43,6 @@ def _legal(row: dict[str, Any]) -> bool:
     return row["mask_form"] != "lengths" or row["mask"] not in ("left", "holes")
 
 
-def pairwise_cases() -> list[EncoderCase]:
-    """Cases in which all pairs of legal values meet, chosen greedily and reproducibly."""
-    chooser = random.Random(0)
-
-    def rows() -> Iterator[tuple[tuple[str, int], ...]]:
-        while True:
-            row = tuple((name, chooser.randrange(len(v))) for name, v in _FACTORS.items())
-            if _legal({name: _FACTORS[name][i] for name, i in row}):
-                yield row
-
-    def pairs(row: tuple[tuple[str, int], ...]) -> set[Any]:
-        return set(itertools.combinations(row, 2))
-
-    missing = set().union(*map(pairs, itertools.islice(rows(), 4000)))
-    chosen = []
-    while missing:
-        best = max(itertools.islice(rows(), 60), key=lambda row: len(pairs(row) & missing))
-        if pairs(best) & missing:
-            missing -= pairs(best)
-            chosen.append({name: _FACTORS[name][i] for name, i in best})
-    return [_case(row, i) for i, row in enumerate(chosen)]
-
-
-def _case(row: dict[str, Any], seed: int) -> EncoderCase:
-    row = dict(row)
-    row["d_model"], row["nhead"], row["dim_feedforward"] = row.pop("shape")
-    row["latest_k"], row["pool"] = row.pop("summary")
-    weights = row.pop("weights")
-    return EncoderCase(
-        **row,
-        batch=2,
-        bias="no bias" not in weights,
-        affine=weights != "no affine",
-        final_norm="final norm" in weights,
-        negative_slope=0.2,
-        layer_norm_eps=1e-5 if seed % 2 else 1e-2,
-        final_norm_eps=1e-3,
-        seed=seed,
-    )
+def grid_cases() -> list[EncoderCase]:
+    """The grid."""
+    return pairwise_cases(_FACTORS, _legal, 60, batch=2)

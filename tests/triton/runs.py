@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from seqkernels import backends
 from seqkernels.backends.triton import TritonBackend
 from seqkernels.testing import Closeness, EncoderCase, EncoderProblem, assert_close_to_oracle
+from tests.backends.encoder_runs import oracle
 from tests.triton.interpreter import launches, repaired
 
 
@@ -52,17 +52,6 @@ def run(problem: EncoderProblem, arch: str = "sm_80") -> Tensor:
     assert len(launches) <= 2 * (len(problem.weights) // 12)
     assert bool(launches) == (len(problem.x) > 0)
     return result
-
-
-@functools.cache
-def oracle(case: EncoderCase) -> tuple[list[EncoderProblem], list[Tensor], list[Tensor]]:
-    """Problems, golden results and yardsticks of a case."""
-    problems = [draw.problem() for draw in case.draws()]
-    return (
-        problems,
-        [problem.golden() for problem in problems],
-        [problem.low_precision() for problem in problems],
-    )
 
 
 def check(case: EncoderCase, arch: str = "sm_80") -> Closeness:

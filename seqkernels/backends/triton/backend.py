@@ -55,10 +55,6 @@ class TritonBackend:
         with _current(call.out.device):
             return encoder.run(call, variant)
 
-    def request_scoring(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``: the encoder's kernels, which look a candidate's user up."""
-        return self.encoder(call, variant)
-
     def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
         """Write ``call.out`` by one launch."""
         with _current(call.out.device):
