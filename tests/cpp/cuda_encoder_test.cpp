@@ -21,6 +21,7 @@
 #include "cuda/encoder_pack.h"
 #include "encoder_problem.h"
 #include "encoder_reference.h"
+#include "encoder_verdicts.h"
 #include "host_emulation/launch.h"
 
 namespace seqkernels::test {
@@ -101,69 +102,6 @@ const EncoderInstance& instance_of(const Result& r) {
   return cuda::encoder_instances()[static_cast<size_t>(r.plan.instance)];
 }
 
-// ---- verdicts ----
-
-// The bound of encoder_test.cpp on the error, in multiples of what bf16 does to the reference.
-constexpr double kRmsBound = 2.5, kLargestBound = 3;
-
-class Verdicts {
- public:
-  void quiet() { quiet_ = true; }
-  void fail(const std::string& what) {
-    ++failures_;
-    if (failures_ <= 20 && !quiet_) std::fprintf(stderr, "FAIL %s\n", what.c_str());
-  }
-  void check(bool holds, const std::string& what) {
-    ++checks_;
-    if (!holds) fail(what);
-  }
-
-  // y [B, rows, row width]
-  void within_bound(const std::vector<float>& y, const Golden& golden, const std::string& what) {
-    const float* at = y.data();
-    for (const Golden::Sequence& s : golden.sequences) {
-      double sum = 0, largest = 0;
-      bool finite = true;
-      for (const double value : s.value) {
-        const double error = std::abs(static_cast<double>(*at++) - value);
-        finite = finite && error < std::numeric_limits<double>::infinity();
-        sum += error * error;
-        largest = std::max(largest, error);
-      }
-      if (finite && largest == 0) continue;
-      const double rms =
-          std::sqrt(sum / static_cast<double>(std::max<size_t>(s.value.size(), 1))) / s.rms;
-      const bool holds =
-          finite && s.largest > 0 && rms <= kRmsBound && largest / s.largest <= kLargestBound;
-      if (finite) {
-        worst_rms_ = std::max(worst_rms_, rms);
-        worst_largest_ = std::max(worst_largest_, largest / s.largest);
-      }
-      check(holds, what + ": sequence " + std::to_string(&s - golden.sequences.data()) +
-                       " exceeds the bound on the error: rms " + std::to_string(rms) +
-                       ", largest " + std::to_string(largest / s.largest) + " times that of bf16" +
-                       (finite ? "" : ", not finite"));
-    }
-  }
-
-  void same_bits(const std::vector<float>& a, const std::vector<float>& b,
-                 const std::string& what) {
-    size_t i = 0;
-    while (i < a.size() && i < b.size() && std::memcmp(&a[i], &b[i], 4) == 0) ++i;
-    check(i == a.size() && i == b.size(), what + ": bits differ at index " + std::to_string(i));
-  }
-
-  int failures() const { return failures_; }
-  int checks() const { return checks_; }
-  double worst_rms() const { return worst_rms_; }
-  double worst_largest() const { return worst_largest_; }
-
- private:
-  bool quiet_ = false;
-  int failures_ = 0, checks_ = 0;
-  double worst_rms_ = 0, worst_largest_ = 0;
-};
-
 struct Session {
   Verdicts verdicts;
 
@@ -176,18 +114,6 @@ struct Session {
     }
   }
 };
-
-std::vector<float> valid_rows(const Problem& p, const std::vector<float>& y) {
-  std::vector<float> rows;
-  const int64_t d = p.c.d_model;
-  for (int64_t b = 0; b < p.c.batch; ++b) {
-    for (int64_t t = 0; t < p.c.tokens(); ++t) {
-      const auto at = y.begin() + (b * p.c.tokens() + t) * d;
-      if (p.is_valid(b, t)) rows.insert(rows.end(), at, at + d);
-    }
-  }
-  return rows;
-}
 
 // ---- the grid ----
 
@@ -737,7 +663,7 @@ int main(int argc, char** argv) {
     std::fflush(stdout);
   }
   std::printf("%d checks, %d failures, worst error %.2f rms %.2f largest\n",
-              session.verdicts.checks(), session.verdicts.failures(), session.verdicts.worst_rms(),
-              session.verdicts.worst_largest());
+              session.verdicts.checks(), session.verdicts.failures(), session.verdicts.worst().rms,
+              session.verdicts.worst().largest);
   return session.verdicts.failures() == 0 && session.verdicts.checks() > 0 ? 0 : 1;
 }
