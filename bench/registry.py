@@ -15,10 +15,11 @@ from seqkernels.benchmark import (
     RankerWorkload,
     RequestWorkload,
     Workload,
+    gpu,
     uniform_lengths,
 )
 from seqkernels.benchmark.contestants import Compiled, OpenVino
-from seqkernels.benchmark.kinds.encoder import PEERS
+from seqkernels.benchmark.kinds.encoder import GPU_PEERS, PEERS
 from seqkernels.testing import EncoderCase
 
 
@@ -276,6 +277,74 @@ def _ranker() -> list[Entry]:
     ]
 
 
+def _gpu() -> list[Entry]:
+    """The same on a GPU, where there is one: times by its clock, of replayed graphs."""
+    ours = ("seqkernels", "seqkernels_triton")
+
+    def encoder(name: str, case: EncoderCase, **more: Any) -> Entry:
+        workload = EncoderWorkload(
+            id=f"gpu/{name}",
+            group="gpu",
+            case=case,
+            contestants=("seqkernels", "seqkernels_bf16", "seqkernels_triton", *GPU_PEERS),
+            device="cuda",
+            seconds=4.0,
+            **more,
+        )
+        return Entry(workload, (NEVER_SLOWER,))
+
+    def request(name: str, candidates: int, lengths: tuple[int, ...]) -> Entry:
+        peers = ("seqkernels_forward", "eager_bf16", "autocast_bf16", "compile_bf16")
+        workload = RequestWorkload(
+            id=f"gpu/request-{name}",
+            group="gpu",
+            candidates=candidates,
+            lengths=lengths,
+            contestants=(*ours, *peers),
+            device="cuda",
+            seconds=4.0,
+        )
+        return Entry(workload, (NEVER_SLOWER,))
+
+    def batch_norm(name: str, dtype: torch.dtype) -> Entry:
+        workload = BatchNormWorkload(
+            id=f"gpu/batch_norm-{name}",
+            group="gpu",
+            rows=1 << 20,  # half a gigabyte in bf16, beyond every cache
+            channels=256,
+            dtype=dtype,
+            contestants=(*ours, "copy_new", "eager", "compile"),
+            device="cuda",
+            seconds=4.0,
+        )
+        return Entry(workload, (Bar("time", 1.15, 1.15, over="copy_new"), NEVER_SLOWER))
+
+    def ranker(batch: int) -> Entry:
+        workload = RankerWorkload(
+            id=f"gpu/ranker-{batch}",
+            group="gpu",
+            batch=batch,
+            contestants=(*ours, "eager_fp32", "eager_bf16", "compile_bf16"),
+            device="cuda",
+            seconds=4.0,
+        )
+        return Entry(workload, (NEVER_SLOWER,))
+
+    wide = ((256, 4, 1024, 200, 256), (512, 8, 2048, 128, 256))
+    return [
+        *(encoder(f"transact-b{b}", transact(b)) for b in (1, 32, 256, 1024, 4096)),
+        encoder("transact-b1-launched", transact(1), replay=False),
+        encoder("transact-masked", transact(1024, masked=True)),
+        *(encoder(f"length-{n}", transact(1024, length=n)) for n in (16, 50, 200, 512)),
+        *(encoder(f"d{shape[0]}", case(*shape)) for shape in wide),
+        *(request(f"n{n}", n, (100,)) for n in (256, 1024)),
+        request("n1024-8users", 1024, uniform_lengths(8, 20, 100)),
+        batch_norm("fp32", torch.float32),
+        batch_norm("bf16", torch.bfloat16),
+        *(ranker(b) for b in (256, 2048)),
+    ]
+
+
 REGISTRY: tuple[Entry, ...] = (
     *_transact(),
     *_sweeps(),
@@ -285,16 +354,23 @@ REGISTRY: tuple[Entry, ...] = (
     *_batch_norm(),
     *_linear(),
     *_ranker(),
+    *_gpu(),
 )
 
 
 def shrunk(entry: Entry) -> Entry:
-    """The entry in a size that takes a moment: it shows that everything works, and no speed."""
+    """The entry in a size that takes a moment: it shows that everything works, and no speed.
+
+    Those for a GPU run on the CPU where there is none.
+    """
     workload = entry.workload
     names = tuple(
         name
         for name in workload.contestants
         if not isinstance(workload.rivals[name], Compiled | OpenVino)  # slow to prepare
     )
-    small = dataclasses.replace(workload.small(), contestants=names, threads=1, seconds=0.0)
+    device = "cpu" if gpu.missing() else workload.device
+    small = dataclasses.replace(
+        workload.small(), contestants=names, threads=1, seconds=0.0, device=device
+    )
     return Entry(small, entry.bars)

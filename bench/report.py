@@ -122,12 +122,20 @@ def _machine(info: dict[str, Any]) -> str:
     rows = [
         ("processor", f"{info['processor']} ({info['processor_model']}), {cores}"),
         ("instruction sets", f"{info['isa']} chosen; it runs {', '.join(info['isa_runnable'])}"),
+        *([("GPU", _gpu(info["gpu"]))] if info.get("gpu") else []),
         ("commit", f"{info['commit']}{changed}"),
         ("versions", ", ".join(f"{n} {info[n]}" for n in ("seqkernels", "torch", "openvino"))),
         ("system", f"{info['system']}, Python {info['python']}"),
         ("load before", f"{info['load']} processes on average wanted to run"),
     ]
     return table(("", ""), rows)
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    return (
+        f"{gpu['name']} ({gpu['capability']}, {gpu['multiprocessors']} multiprocessors, "
+        f"{gpu['memory'] / 2**30:.0f} GB), CUDA {gpu['cuda']}"
+    )
 
 
 def _present(kind: type[Workload], comparisons: Comparisons) -> list[str]:

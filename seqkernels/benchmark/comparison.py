@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from seqkernels.benchmark import gpu
 from seqkernels.benchmark.contestants import Contestant, Runner, Unavailable
 from seqkernels.benchmark.gate import Accuracy, Gate, GateError
 from seqkernels.benchmark.measure import Samples, Spread, interleave
@@ -124,8 +125,12 @@ def compare(
     GateError
         If a result of seqkernels is wrong. A peer with a wrong result is listed in ``absent``.
     Unavailable
-        If seqkernels itself cannot run the workload, for instance for want of its instruction set.
+        If seqkernels itself cannot run the workload, for instance for want of its instruction set,
+        or there is no GPU for it.
     """
+    reason = gpu.missing() if workload.device == "cuda" else None
+    if reason is not None:
+        raise Unavailable(reason)
     threads = torch.get_num_threads()
     torch.set_num_threads(workload.num_threads)
     try:
@@ -159,6 +164,7 @@ def _compare(
         {name: runner for name, (_, runner, _) in ready.items()},
         seconds=workload.seconds,
         rounds=rounds,
+        clock=gpu.EventClock() if workload.device == "cuda" else None,
     )
     variant = ready["seqkernels"][1].note
     return Comparison(
@@ -181,8 +187,10 @@ def _admit(
         if not contestant.ours:  # of ours a valid call gives no warning
             warnings.simplefilter("ignore")
         runner = contestant.prepare(task, workload)
+        if workload.device == "cuda" and workload.replay:
+            runner = gpu.replayed(runner)
         if contestant.yardstick:
             return runner, None
         with runner.around():
-            out = runner.tensor(runner.call())
+            out = runner.tensor(runner.call()).cpu()
         return runner, gate.check(contestant.title, out, ours=contestant.ours)

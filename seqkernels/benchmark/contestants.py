@@ -19,7 +19,8 @@ from torch import Tensor
 
 from seqkernels import backends, settings
 from seqkernels.backends import cpu
-from seqkernels.benchmark.workload import Task, Workload, without_fast_path
+from seqkernels.benchmark.workload import Model, Task, Workload, without_fast_path
+from seqkernels.errors import BackendUnavailableError
 
 
 class Unavailable(Exception):
@@ -99,43 +100,78 @@ def chosen_isa(forced: str | None) -> str | None:
 
 
 @contextmanager
-def forced(isa: str | None) -> Iterator[None]:
-    """Inference on this instruction set; None: on the best."""
-    with torch.inference_mode(), settings.override(isa=isa):
+def forced(isa: str | None, backend: str | None = None) -> Iterator[None]:
+    """Inference on this instruction set and backend; None: on the best."""
+    with torch.inference_mode(), settings.override(isa=isa, backend=backend):
         yield
 
 
+def runner_of(model: Model, workload: Workload, backend: str | None = None) -> Runner:
+    """Of a model of ours, called once, which packs the weights; the note says what ran.
+
+    Raises
+    ------
+    Unavailable
+        If the backend or the workload's instruction set cannot run it.
+    """
+    chosen_isa(workload.isa)
+    module, inputs = model.on(workload.device)
+    before = backends.calls.copy()
+    try:
+        with forced(workload.isa, backend):
+            module(**inputs)
+    except BackendUnavailableError as error:
+        raise Unavailable("; ".join(error.reasons)) from None
+    ran = ", ".join(sorted(backends.calls - before))
+    return Runner(lambda: module(**inputs), lambda: forced(workload.isa, backend), ran)
+
+
 class Seqkernels(Contestant[Task]):
-    """What a user of seqkernels runs. ``dtype`` is that of input and output, None: the task's."""
+    """What a user of seqkernels runs.
+
+    ``dtype`` is that of input and output, None: the task's; ``backend`` is forced, None: the best.
+    """
 
     ours = True
 
-    def __init__(self, name: str, title: str, dtype: torch.dtype | None = None) -> None:
-        self.name, self.title, self.dtype = name, title, dtype
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.name, self.title, self.dtype, self.backend = name, title, dtype, backend
 
     def prepare(self, task: Task, workload: Workload) -> Runner:
-        """Call it once, which packs the weights."""
-        chosen_isa(workload.isa)
-        module, inputs = task.ours(self.dtype or task.dtype)
-        before = backends.calls.copy()
-        with forced(workload.isa):
-            module(**inputs)
-        ran = ", ".join(sorted(backends.calls - before))
-        return Runner(lambda: module(**inputs), lambda: forced(workload.isa), ran)
+        """As every model of ours."""
+        return runner_of(task.ours(self.dtype or task.dtype), workload, self.backend)
 
 
 class Eager(Contestant[Task]):
-    """Torch's modules as they are, on their fast paths where they have any."""
+    """Torch's modules as they are, on their fast paths where they have any.
+
+    Without them its attention is ``torch.nn.functional.scaled_dot_product_attention``.
+    """
 
     def __init__(
-        self, name: str, title: str, dtype: torch.dtype | None = None, *, nested: bool = True
+        self,
+        name: str,
+        title: str,
+        dtype: torch.dtype | None = None,
+        *,
+        nested: bool = True,
+        fast_path: bool = True,
     ) -> None:
         self.name, self.title, self.dtype, self.nested = name, title, dtype, nested
+        self.fast_path = fast_path
 
     def prepare(self, task: Task, workload: Workload) -> Runner:
         """Call torch's module."""
-        module, inputs = task.stock(self.dtype or task.dtype, nested=self.nested)
-        return Runner(lambda: module(**inputs), tensor=task.whole)
+        model = task.stock(self.dtype or task.dtype, nested=self.nested and self.fast_path)
+        module, inputs = model.on(workload.device)
+        around = torch.inference_mode if self.fast_path else without_fast_path
+        return Runner(lambda: module(**inputs), around, tensor=task.whole)
 
 
 class Compiled(Contestant[Task]):
@@ -146,7 +182,7 @@ class Compiled(Contestant[Task]):
 
     def prepare(self, task: Task, workload: Workload) -> Runner:
         """Compile for this shape, or for all shapes of a sweep."""
-        module, inputs = task.stock(self.dtype or task.dtype)
+        module, inputs = task.stock(self.dtype or task.dtype).on(workload.device)
         if not workload.dynamic:
             torch._dynamo.reset()  # a limit on recompilations would end in eager mode
         compiled = torch.compile(module, fullgraph=True, dynamic=workload.dynamic)

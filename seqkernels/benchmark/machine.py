@@ -81,6 +81,24 @@ def machine_info() -> dict[str, object]:
         "native_build": dict(native.build_info()) if native else cpu.import_error,
         "torch": torch.__version__,
         "openvino": _version("openvino"),
+        "gpu": _gpu(),
+        "triton": _version("triton"),
+    }
+
+
+def _gpu() -> dict[str, object] | None:
+    """The current CUDA device, if there is one."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory": found.total_memory,
+        "cuda": torch.version.cuda,
+        "flash_attn": _version("flash-attn"),
+        "xformers": _version("xformers"),
     }
 
 

@@ -22,6 +22,30 @@ MIN_SAMPLE = 1e-3
 SETTLE = 3e-3
 
 
+class Clock(Protocol):
+    """How long work takes where it is done."""
+
+    def wait(self) -> None:
+        """Return when all work that was started is done."""
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Call so often and return the mean time."""
+
+
+class WallClock:
+    """Of work that is done when the call returns."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """By the system's clock."""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
 class Timed(Protocol):
     """What `interleave` needs to know of a contestant."""
 
@@ -77,7 +101,11 @@ class Samples:
 
 
 def interleave(
-    contestants: Mapping[str, Timed], *, seconds: float = 8.0, rounds: int | None = None
+    contestants: Mapping[str, Timed],
+    *,
+    seconds: float = 8.0,
+    rounds: int | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, Samples]:
     """Time calls in rounds in which each contestant has one turn.
 
@@ -93,6 +121,8 @@ def interleave(
         Time for everything, if ``rounds`` is None; at least ``MIN_ROUNDS`` rounds are run.
     rounds : int, optional
         Number of rounds.
+    clock : Clock, optional
+        The system's, if none is given.
 
     Returns
     -------
@@ -107,12 +137,13 @@ def interleave(
     >>> 0.001 <= interleave({"nap": nap}, rounds=3)["nap"].spread.median < 0.1
     True
     """
+    clock = clock or WallClock()
     repeats: dict[str, int] = {}
     round_cost = 0.0
     for name, contestant in contestants.items():
         with contestant.around():
             contestant.call()  # what a first call does besides is nobody's speed
-            per_call = _seconds(contestant.call, max(1, _settle(contestant.call)))
+            per_call = clock.seconds(contestant.call, max(1, _settle(contestant.call, clock)))
         repeats[name] = min(10_000, max(1, math.ceil(MIN_SAMPLE / per_call)))
         round_cost += max(per_call, SETTLE) + repeats[name] * per_call
     if rounds is None:
@@ -130,27 +161,21 @@ def interleave(
             for name in order:
                 contestant = contestants[name]
                 with contestant.around():
-                    _settle(contestant.call)
-                    taken[name].append(_seconds(contestant.call, repeats[name]))
+                    _settle(contestant.call, clock)
+                    taken[name].append(clock.seconds(contestant.call, repeats[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: Samples(tuple(taken[name]), repeats[name]) for name in contestants}
 
 
-def _settle(call: Callable[[], Any]) -> int:
+def _settle(call: Callable[[], Any], clock: Clock) -> int:
     """Call until ``SETTLE`` has passed; return how often that was."""
     count = 0
     end = time.perf_counter() + SETTLE
     while True:
         call()
+        clock.wait()
         count += 1
         if time.perf_counter() >= end:
             return count
-
-
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats

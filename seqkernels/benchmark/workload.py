@@ -28,6 +28,11 @@ class Model(NamedTuple):
         """What the module returns."""
         return self.module(**self.inputs)
 
+    def on(self, device: str) -> Model:
+        """Both there."""
+        inputs = {name: t.to(device) for name, t in self.inputs.items()}
+        return Model(self.module.to(device), inputs)
+
 
 class Expected(NamedTuple):
     """What is right, for the part of an output that is checked."""
@@ -94,6 +99,10 @@ class Workload(ABC):
         Time for the interleaved rounds, preparation aside; it decides how many rounds there are.
     dynamic : bool
         Whether torch.compile compiles once for all shapes of a sweep, instead of for this shape.
+    device : str
+        Where everybody computes: "cpu" or "cuda". Time on a GPU is that of its own clock.
+    replay : bool
+        On a GPU: time replays of a CUDA graph instead of calls, for whoever can be captured.
     kind, title : str
         Of the class: its name in ``KINDS``, and in a report.
     columns : tuple of (str, str)
@@ -123,6 +132,8 @@ class Workload(ABC):
     isa: str | None = None
     seconds: float = 8.0
     dynamic: bool = False
+    device: str = "cpu"
+    replay: bool = True
 
     @property
     def num_threads(self) -> int:
@@ -159,6 +170,8 @@ class Workload(ABC):
             "threads": self.num_threads,
             "isa": self.isa,
             "dynamic": self.dynamic,
+            "device": self.device,
+            "replay": self.replay and self.device == "cuda",
         }
 
 

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("run")
     run.add_argument("--isa", help="instruction set that seqkernels has to use")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu")
     run.add_argument("--threads", type=_positive, default=0, metavar="N", help="all cores")
     run.add_argument("--rounds", type=_positive, metavar="N", help="default: for 10 s")
     run.add_argument("--compile", action="store_true", help="also torch.compile (takes a while)")
@@ -88,6 +89,8 @@ def _workload(arguments: argparse.Namespace) -> EncoderWorkload:
             raise ValueError(f"--mask: expected at most {length} (--length), got {shortest}")
         lengths = uniform_lengths(arguments.batch, shortest, length)
     peers = ["eager_fp32", "eager_bf16", "eager_bf16_padded"]
+    if arguments.device == "cuda":
+        peers = ["seqkernels_triton", "eager_bf16", "sdpa_bf16", "flash_attn_bf16", "xformers_bf16"]
     peers += ["compile_bf16"] * arguments.compile + ["openvino_bf16"] * arguments.openvino
     case = EncoderCase(
         batch=arguments.batch,
@@ -110,8 +113,16 @@ def _workload(arguments: argparse.Namespace) -> EncoderWorkload:
         contestants=("seqkernels", "seqkernels_bf16", *peers),
         threads=arguments.threads,
         isa=arguments.isa,
+        device=arguments.device,
         seconds=10.0,
     )
+
+
+def _where(workload: EncoderWorkload, info: dict[str, object]) -> str:
+    gpu = info["gpu"]
+    if workload.device == "cuda" and isinstance(gpu, dict):
+        return f"{gpu['name']}, by its own clock"
+    return f"{info['processor']}, threads: {workload.num_threads}"
 
 
 def _show(workload: EncoderWorkload, comparison: Comparison, info: dict[str, object]) -> None:
@@ -134,7 +145,7 @@ def _show(workload: EncoderWorkload, comparison: Comparison, info: dict[str, obj
     print(
         f"{case.batch} sequences, {min(valid)} to {max(valid)} of {case.length} events valid; "
         f"d_model {case.d_model}, heads {case.nhead}, feed-forward {case.dim_feedforward}, "
-        f"layers {case.num_layers}\n{info['processor']}, threads: {workload.num_threads}\n"
+        f"layers {case.num_layers}\n{_where(workload, info)}\n"
     )
     columns = ("", "ms a call (20 to 80 %)", "us a sequence", "slower", "error", "ran")
     console = Console()

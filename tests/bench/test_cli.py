@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqkernels.__main__ import main
+from seqkernels.benchmark import gpu
 
 SMALL = ["--batch", "2", "--length", "24", "--threads", "1", "--rounds", "2"]
 
@@ -44,6 +45,12 @@ def test_what_cannot_be_is_told(
 ) -> None:
     assert main(["bench", *SMALL, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(gpu.missing() is None, reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *SMALL, "--device", "cuda"]) == 1
+    assert "torch finds no CUDA device" in capsys.readouterr().err
 
 
 def test_numbers_are_positive(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from bench.registry import REGISTRY, SHAPES, shrunk
 from bench.verdicts import judge
-from seqkernels.benchmark import compare
-from seqkernels.benchmark.kinds.encoder import PEERS
+from seqkernels.benchmark import KINDS, compare, gpu
+from seqkernels.benchmark.kinds.encoder import GPU_PEERS, PEERS
 from tests.bench.planted import Faulty
 
 BY_ID = {entry.workload.id: entry for entry in REGISTRY}
@@ -73,7 +73,21 @@ def test_batch_norm_linear_and_ranker() -> None:
         assert (config.d_model, config.num_layers, ranker.length) == (96, 2, 100)
         assert set(lengths) <= (set(range(20, 101)) if ranker.masked else {100})
     for workload in (*norms, linear, *rankers):
-        assert set(workload.contestants) == set(workload.rivals)
+        assert set(workload.contestants) == set(workload.rivals) - {"seqkernels_triton"}
+
+
+def test_gpu() -> None:
+    workloads = _group("gpu")
+    assert {w.device for w in workloads} == {"cuda"}
+    assert {w.device for w in _all() if w.group != "gpu"} == {"cpu"}
+    assert [w.id for w in workloads if not w.replay] == ["gpu/transact-b1-launched"]
+    assert {w.kind for w in workloads} == set(KINDS) - {"linear"}
+    for workload in workloads:
+        assert {"seqkernels", "seqkernels_triton"} <= set(workload.contestants)
+        if workload.kind == "encoder":
+            assert set(GPU_PEERS) <= set(workload.contestants)
+        if gpu.missing():
+            assert shrunk(BY_ID[workload.id]).workload.device == "cpu"
 
 
 def test_multiply_adds() -> None:
@@ -96,5 +110,9 @@ def test_a_small_copy_runs_and_a_slow_one_misses_its_bar(name: str) -> None:
     assert [v.met for v in speed] == [False]
 
 
+def _all():
+    return [e.workload for e in REGISTRY]
+
+
 def _group(group: str):
-    return [e.workload for e in REGISTRY if e.workload.group == group]
+    return [w for w in _all() if w.group == group]

@@ -62,7 +62,7 @@ def comparisons() -> dict[str, dict[str, Any]]:
         rivals = entry.workload.rivals
         described = entry.workload.describe() | {"threads": entry.workload.threads or 2}
         seconds = 25e-6 * described["batch"]
-        peer = "eager" if "eager" in rivals else "eager_fp32"
+        peer = next(n for n in entry.workload.contestants if n.startswith("eager"))
         timed = {name: 13.0 for name in entry.workload.contestants if name != "openvino_bf16"}
         absent = {"openvino_bf16": "not installed"}
         if described["kind"] == "ranker":
@@ -74,7 +74,9 @@ def comparisons() -> dict[str, dict[str, Any]]:
             timed["seqkernels_forward"] = 1.6
         made[entry.workload.id] = {
             "workload": described,
-            "variant": "cpu/" + (entry.workload.isa or "amx_bf16"),
+            "variant": "cuda/sm_90"
+            if described["device"] == "cuda"
+            else "cpu/" + (entry.workload.isa or "amx_bf16"),
             "workspace_bytes": 500_000 if described["kind"] == "encoder" else None,
             "fastest_peer": peer,
             "outside_kernel": spread(2e-5) if "seqkernels_kernel" in timed else None,

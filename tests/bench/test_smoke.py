@@ -15,7 +15,7 @@ from bench import report
 from bench.registry import REGISTRY
 
 # All but the sweeps, which differ in sizes that are made equal here, and one of each of them.
-GROUPS = ("transact", "shapes", "batch_norm", "linear", "ranker")
+GROUPS = ("transact", "shapes", "batch_norm", "linear", "ranker", "gpu")
 CHOSEN = " or ".join((*GROUPS, "isa", "batch/1-", "length/16-"))
 ROOT = Path(__file__).resolve().parents[2]
 

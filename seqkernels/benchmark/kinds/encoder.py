@@ -26,11 +26,14 @@ from seqkernels.benchmark.contestants import (
     by_name,
     chosen_isa,
 )
+from seqkernels.benchmark.kinds.packed_attention import FLASH, XFORMERS
 from seqkernels.benchmark.workload import Expected, Model, Task, Workload, both_ends
 from seqkernels.testing import EncoderCase
 
 #: All peers that a workload is measured against unless it names fewer.
 PEERS = ("eager_fp32", "eager_bf16", "eager_bf16_padded", "compile_bf16", "openvino_bf16")
+#: The same on a GPU.
+GPU_PEERS = ("eager_bf16", "sdpa_bf16", "compile_bf16", "flash_attn_bf16", "xformers_bf16")
 #: Sequences of the output that are held against fp64.
 CHECKED = 8
 
@@ -180,11 +183,15 @@ class EncoderWorkload(Workload):
     rivals = by_name(
         Seqkernels("seqkernels", "seqkernels", torch.float32),
         Seqkernels("seqkernels_bf16", "seqkernels, bf16 in/out", torch.bfloat16),
+        Seqkernels("seqkernels_triton", "seqkernels, Triton", torch.float32, "triton"),
         Kernel(),
         Eager("eager_fp32", "torch eager fp32", torch.float32),
         Eager("eager_bf16", "torch eager bf16", torch.bfloat16),
         Eager("eager_bf16_padded", "torch eager bf16, padded", torch.bfloat16, nested=False),
+        Eager("sdpa_bf16", "torch SDPA bf16", torch.bfloat16, fast_path=False),
         Compiled("compile_bf16", "torch.compile bf16", torch.bfloat16),
+        FLASH,
+        XFORMERS,
         OpenVino(),
     )
 

@@ -141,6 +141,7 @@ class RankerWorkload(Workload):
     checked = "groups of rows"
     rivals = by_name(
         Seqkernels("seqkernels", "seqkernels", torch.float32),
+        Seqkernels("seqkernels_triton", "seqkernels, Triton", torch.float32, "triton"),
         Eager("eager_fp32", "torch eager fp32", torch.float32),
         Eager("eager_bf16", "torch eager bf16", torch.bfloat16),
         Compiled("compile_bf16", "torch.compile bf16", torch.bfloat16),
@@ -151,7 +152,7 @@ class RankerWorkload(Workload):
     length: int = 100
     masked: bool = True
     config: EngagementRankerConfig = CONFIG
-    contestants: tuple[str, ...] = tuple(rivals)
+    contestants: tuple[str, ...] = tuple(n for n in rivals if n != "seqkernels_triton")
 
     def task(self) -> RankerTask:
         """Draw ranker and users."""

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from seqkernels import backends
 from seqkernels.benchmark.contestants import (
     Compiled,
     Contestant,
@@ -20,7 +19,7 @@ from seqkernels.benchmark.contestants import (
     Runner,
     Seqkernels,
     by_name,
-    forced,
+    runner_of,
 )
 from seqkernels.benchmark.workload import (
     Expected,
@@ -146,13 +145,8 @@ class Repeated(Contestant[RequestTask]):
     ours = True
 
     def prepare(self, task: RequestTask, workload: Workload) -> Runner:
-        """Call it once, which packs the weights."""
-        module, inputs = task.forward_repeated(torch.float32)
-        before = backends.calls.copy()
-        with forced(workload.isa):
-            module(**inputs)
-        ran = ", ".join(sorted(backends.calls - before))
-        return Runner(lambda: module(**inputs), lambda: forced(workload.isa), ran)
+        """As every model of ours."""
+        return runner_of(task.forward_repeated(torch.float32), workload)
 
 
 class Autocast(Contestant[RequestTask]):
@@ -162,11 +156,11 @@ class Autocast(Contestant[RequestTask]):
 
     def prepare(self, task: RequestTask, workload: Workload) -> Runner:
         """Call torch's module."""
-        module, inputs = task.stock(torch.float32)
+        module, inputs = task.stock(torch.float32).on(workload.device)
 
         @contextmanager
         def around() -> Iterator[None]:
-            with without_fast_path(), torch.autocast("cpu", torch.bfloat16):
+            with without_fast_path(), torch.autocast(workload.device, torch.bfloat16):
                 yield
 
         def tensor(out: Any) -> Tensor:
@@ -208,6 +202,7 @@ class RequestWorkload(Workload):
     checked = "summaries"
     rivals = by_name(
         Seqkernels("seqkernels", "seqkernels", torch.float32),
+        Seqkernels("seqkernels_triton", "seqkernels, Triton", torch.float32, "triton"),
         Repeated(),
         Eager("eager_fp32", "torch eager fp32", torch.float32),
         Eager("eager_bf16", "torch eager bf16", torch.bfloat16),

@@ -126,7 +126,7 @@ class CopyNew(Contestant[BatchNormTask]):
 
     def prepare(self, task: BatchNormTask, workload: Workload) -> Runner:
         """Torch's ``clone``."""
-        return Runner(task.x.to(task.dtype).clone)
+        return Runner(task.x.to(workload.device, task.dtype).clone)
 
 
 class CopyInto(Contestant[BatchNormTask]):
@@ -137,7 +137,7 @@ class CopyInto(Contestant[BatchNormTask]):
 
     def prepare(self, task: BatchNormTask, workload: Workload) -> Runner:
         """Torch's ``copy_``."""
-        x = task.x.to(task.dtype)
+        x = task.x.to(workload.device, task.dtype)
         out = torch.empty_like(x)
         return Runner(lambda: out.copy_(x))
 
@@ -168,6 +168,7 @@ class BatchNormWorkload(Workload):
     yardstick = "torch's own run in the same dtype"
     rivals = by_name(
         Seqkernels("seqkernels", "seqkernels"),
+        Seqkernels("seqkernels_triton", "seqkernels, Triton", backend="triton"),
         Kernel(),
         CopyNew(),
         CopyInto(),
@@ -178,7 +179,7 @@ class BatchNormWorkload(Workload):
     rows: int
     channels: int
     dtype: torch.dtype = torch.float32
-    contestants: tuple[str, ...] = tuple(rivals)
+    contestants: tuple[str, ...] = tuple(n for n in rivals if n != "seqkernels_triton")
 
     def task(self) -> BatchNormTask:
         """Draw input and statistics."""
