@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.h"
 #include "seqkernels/cuda_encoder.h"
+#include "seqkernels/cuda_request_scoring.h"
 #include "seqkernels/cuda_resilient_batch_norm.h"
 
 namespace py = pybind11;
@@ -14,6 +15,10 @@ using Allocate = py::function;  // int (bytes): an address in device memory, kep
 
 void raise(const std::string& error) {
   if (!error.empty()) throw std::runtime_error(error);
+}
+
+void* workspace_of(int64_t bytes, const Allocate& allocate) {
+  return bytes > 0 ? reinterpret_cast<void*>(allocate(bytes).cast<uintptr_t>()) : nullptr;
 }
 
 // An encoder's sizes and options; its packed parameters are the caller's.
@@ -48,13 +53,19 @@ class EncoderModel {
     std::string error;
     const cuda::EncoderDevice of_device = cuda::encoder_device(device, &error);
     raise(error);
+    if (call.user_index) {
+      const cuda::RequestPlan plan = cuda::plan_request_scoring(shape_, call, of_device);
+      if (plan.reasons.empty()) {
+        raise(cuda::launch_request_scoring(shape_, plan, call, pointer<void>(packed),
+                                           workspace_of(plan.workspace_bytes, allocate),
+                                           reinterpret_cast<void*>(stream)));
+        return;
+      }
+    }
     const cuda::EncoderPlan plan = cuda::plan_encoder(shape_, call, of_device);
     if (!plan.reasons.empty()) throw std::invalid_argument("encoder: " + plan.reasons[0]);
-    void* workspace = nullptr;
-    if (plan.workspace_bytes > 0) {
-      workspace = reinterpret_cast<void*>(allocate(plan.workspace_bytes).cast<uintptr_t>());
-    }
-    raise(cuda::launch_encoder(shape_, plan, call, pointer<void>(packed), workspace,
+    raise(cuda::launch_encoder(shape_, plan, call, pointer<void>(packed),
+                               workspace_of(plan.workspace_bytes, allocate),
                                reinterpret_cast<void*>(stream)));
   }
 

@@ -77,11 +77,22 @@ __device__ __forceinline__ void normalize_first(const Place<Class>& here, const 
   }
 }
 
+// The attention of a head to the keys and values at rest, as `attention_block` wants it.
+struct AttendToRest {
+  template <class Class>
+  __device__ __forceinline__ void operator()(const Place<Class>& here, const Vector16* layer,
+                                             int head, const uint32_t (&y)[Class::kModelTiles][4],
+                                             uint32_t (&attended)[Class::kHeadTiles][4]) const {
+    attend(here, layer, head, y, attended);
+  }
+};
+
 // tiles = x + W_o a + b_o
-template <class Class>
+template <class Class, class Attend>
 __device__ __forceinline__ void attention_block(const Place<Class>& here, const Vector16* layer,
                                                 const uint32_t (&x)[Class::kModelTiles][4],
-                                                float (&tiles)[Class::kModelTiles][2][4]) {
+                                                float (&tiles)[Class::kModelTiles][2][4],
+                                                Attend attend_head) {
   constexpr int kTiles = Class::kHeadTiles;
   const EncoderLayout& l = here.p.layout;
   const bool has_keys = here.num_keys > 0;
@@ -93,7 +104,8 @@ __device__ __forceinline__ void attention_block(const Place<Class>& here, const 
     uint32_t attended[Class::kHeads][kTiles][4] = {};
     if (has_keys) {
 #pragma unroll
-      for (int head = 0; head < Class::kHeads; ++head) attend(here, layer, head, x, attended[head]);
+      for (int head = 0; head < Class::kHeads; ++head)
+        attend_head(here, layer, head, x, attended[head]);
     }
     set_rows(tiles, bias);
     add_residual(tiles, x);
@@ -111,7 +123,7 @@ __device__ __forceinline__ void attention_block(const Place<Class>& here, const 
 #pragma unroll 1
     for (int head = 0; has_keys && head < l.heads; ++head) {
       uint32_t attended[kTiles][4];
-      attend(here, layer, head, y, attended);
+      attend_head(here, layer, head, y, attended);
       multiply_weights(tiles, attended,
                        weights + head * kTiles * Class::kModelTiles * kTileVectors);
     }
@@ -120,14 +132,15 @@ __device__ __forceinline__ void attention_block(const Place<Class>& here, const 
 
 // One strip through a layer behind its keys and values. The last layer leaves the output in
 // `tiles`, the others the next x.
-template <class Class>
+template <class Class, class Attend>
 __device__ __forceinline__ void run_strip(const Place<Class>& here, const Vector16* layer,
                                           bool last, uint32_t (&x)[Class::kModelTiles][4],
-                                          float (&tiles)[Class::kModelTiles][2][4]) {
+                                          float (&tiles)[Class::kModelTiles][2][4],
+                                          Attend attend_head) {
   const EncoderParams& p = here.p;
   const EncoderLayout& l = p.layout;
   const bool norm_first = !Class::kExact && p.norm_first;
-  attention_block(here, layer, x, tiles);
+  attention_block(here, layer, x, tiles, attend_head);
   if (norm_first) {
     pack(tiles, x);
     layer_norm<Class>(p, tiles, layer + l.norm2_weight, layer + l.norm2_bias, p.layer_norm_eps);
@@ -190,7 +203,7 @@ __device__ __forceinline__ void run_sequence(const EncoderParams& p, int64_t ind
       }
       float tiles[Class::kModelTiles][2][4];
       if constexpr (!Class::kExact) load_rest_strip(here, strip, x);
-      run_strip(here, layer, last, x, tiles);
+      run_strip(here, layer, last, x, tiles, AttendToRest{});
       if (last) {
         store_strip<Class>(p, s, strip, warp, tiles);
       } else if constexpr (!Class::kExact) {

@@ -218,6 +218,26 @@ __device__ __forceinline__ void largest_scores(const Place<Class>& here, int hea
   }
 }
 
+// The queries of one head, [16, head rows] in bf16, scaled.
+template <class Class>
+__device__ __forceinline__ void project_queries(const Place<Class>& here, const Vector16* layer,
+                                                int head,
+                                                const uint32_t (&x)[Class::kModelTiles][4],
+                                                uint32_t (&q)[Class::kHeadTiles][4]) {
+  constexpr int kTiles = Class::kHeadTiles;
+  const EncoderParams& p = here.p;
+  float tiles[kTiles][2][4];
+  set_rows(tiles, layer + p.layout.query_bias + head * kTiles * 4);
+  const int head_vectors = kTiles * Class::kModelTiles * kTileVectors;
+  multiply_weights(tiles, x, here.matrix(layer, p.layout.query + head * head_vectors));
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) tiles[i][j / 4][j % 4] *= p.score_scale;
+  }
+  pack(tiles, q);
+}
+
 // The attention of one head, [16, head rows] in bf16. There is at least one key.
 template <class Class>
 __device__ __forceinline__ void attend(const Place<Class>& here, const Vector16* layer, int head,
@@ -225,20 +245,8 @@ __device__ __forceinline__ void attend(const Place<Class>& here, const Vector16*
                                        uint32_t (&attended)[Class::kHeadTiles][4]) {
   constexpr int kTiles = Class::kHeadTiles;
   constexpr int kTilesAtOnce = 2;
-  const EncoderParams& p = here.p;
   uint32_t q[kTiles][4];
-  {
-    float tiles[kTiles][2][4];
-    set_rows(tiles, layer + p.layout.query_bias + head * kTiles * 4);
-    const int head_vectors = kTiles * Class::kModelTiles * kTileVectors;
-    multiply_weights(tiles, x, here.matrix(layer, p.layout.query + head * head_vectors));
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) tiles[i][j / 4][j % 4] *= p.score_scale;
-    }
-    pack(tiles, q);
-  }
+  project_queries(here, layer, head, x, q);
 
   float out[kTiles][2][4], sum[4], top[2] = {0.0f, 0.0f};
 #pragma unroll 1

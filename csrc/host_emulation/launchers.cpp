@@ -1,9 +1,11 @@
-// The launchers of cuda_encoder.h and cuda_resilient_batch_norm.h on the host: all memory is the
-// host's, streams mean nothing, and a fault that the emulation notices is the error.
+// The launchers of cuda_encoder.h, cuda_request_scoring.h and cuda_resilient_batch_norm.h on the
+// host: all memory is the host's, streams mean nothing, and a fault that the emulation notices is
+// the error.
 #include "host_emulation/launchers.h"
 
 #include "cuda/encoder.cuh"
 #include "cuda/encoder_pack.h"
+#include "cuda/request_scoring.cuh"
 #include "cuda/resilient_batch_norm.cuh"
 #include "host_emulation/launch.h"
 #include "seqkernels/cuda_encoder.h"
@@ -56,6 +58,19 @@ std::string launch_encoder(const EncoderShape& shape, const EncoderPlan& plan,
   return host_emulation::run(kEncoderKernels[plan.instance], plan.grid, plan.threads,
                              plan.shared_bytes,
                              encoder_params(shape, plan, call, packed, workspace));
+}
+
+std::string launch_request_scoring(const EncoderShape& shape, const RequestPlan& plan,
+                                   const EncoderCall& call, const void* packed, void* workspace,
+                                   void*) {
+  if (!plan.reasons.empty()) return "request_scoring: cuda: " + plan.reasons[0];
+  if (call.batch == 0) return "";
+  return launch_each(plan, request_params(shape, plan, call, packed, workspace),
+                     [&](RequestKernel kind, int grid, const RequestParams& params) {
+                       return host_emulation::run(request_kernel_of(kind, plan.instance), grid,
+                                                  plan.candidates.threads, plan.shared_bytes,
+                                                  params);
+                     });
 }
 
 std::string launch_resilient_batch_norm(const ResilientBatchNormCall& call, void*) {

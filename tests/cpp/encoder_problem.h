@@ -462,15 +462,19 @@ inline std::vector<float> forward(const Encoder& encoder, const Problem& p, cons
 
 // The candidates of `repeated`, made from `users` by user_index: events, mask and lengths are those
 // of the users, read in place.
-inline std::vector<float> score_request(const Encoder& encoder, const Problem& users,
-                                        const Problem& repeated,
-                                        const std::vector<int64_t>& user_index,
-                                        const Run& run = {}) {
-  PreparedCall made = prepare(repeated, run);
+struct PreparedRequest {
+  PreparedCall candidates, of_users;
+  std::vector<int64_t> index;  // ends where its block ends
+};
+
+inline PreparedRequest prepare_request(const Problem& users, const Problem& repeated,
+                                       const std::vector<int64_t>& user_index,
+                                       const Run& run = {}) {
   Run whole;
   whole.poison = run.poison;
-  const PreparedCall of_users = prepare(users, whole);
-  EncoderCall& call = made.call;
+  PreparedRequest made{prepare(repeated, run), prepare(users, whole), {}};
+  const PreparedCall& of_users = made.of_users;
+  EncoderCall& call = made.candidates.call;
   call.x = of_users.call.x;
   call.stride_b = of_users.call.stride_b;
   call.stride_l = of_users.call.stride_l;
@@ -479,11 +483,19 @@ inline std::vector<float> score_request(const Encoder& encoder, const Problem& u
   call.mask_stride_l = of_users.call.mask_stride_l;
   call.lengths = of_users.call.lengths;
   const auto first = user_index.begin() + run.first;
-  const std::vector<int64_t> index(first, first + call.batch);  // ends where its block ends
-  call.user_index = index.data();
+  made.index.assign(first, first + call.batch);
+  call.user_index = made.index.data();
   call.users = users.c.batch;
-  encoder.score_request(call);
-  return made.output();
+  return made;
+}
+
+inline std::vector<float> score_request(const Encoder& encoder, const Problem& users,
+                                        const Problem& repeated,
+                                        const std::vector<int64_t>& user_index,
+                                        const Run& run = {}) {
+  const PreparedRequest made = prepare_request(users, repeated, user_index, run);
+  encoder.score_request(made.candidates.call);
+  return made.candidates.output();
 }
 
 }  // namespace seqkernels::test

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host emulation: primitives, batch norm, encoder; plain and sanitized.
+"""The CUDA kernels on the host emulation: primitives and ops, plain and sanitized.
 
 Each program checks values, schedules and counters, and plants faults of its own that the emulation
 has to notice.
@@ -10,7 +10,10 @@ import pytest
 
 from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, build, run
 
-PROGRAMS = ("cuda_primitives_test", "cuda_resilient_batch_norm_test", "cuda_encoder_test")
+PROGRAMS = (
+    *("cuda_primitives_test", "cuda_resilient_batch_norm_test"),
+    *("cuda_encoder_test", "cuda_request_scoring_test"),
+)
 
 
 @pytest.mark.parametrize("sanitizer", [SHIPPED, SANITIZED], ids=["plain", SANITIZED])
