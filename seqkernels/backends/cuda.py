@@ -1,7 +1,7 @@
 """The fused CUDA kernels of the native module: pack weights on the host, launch on torch's stream.
 
-A launch neither waits nor allocates device memory but the output and, for long or wide sequences,
-a workspace from torch's allocator, so that a CUDA graph can capture it.
+A launch neither waits nor allocates device memory but the output and, for long or wide sequences
+and for requests, a workspace from torch's allocator, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class CudaBackend:
         return torch.cuda.device(tensor.device)
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out`` by one launch."""
+        """Write ``call.out``: one launch, or two where a request shares its users' parts."""
         packed = call.weight_set.derived(
             ("cuda", call.options, call.out.device), self._pack, call
         )  # [bytes] uint8, on the device

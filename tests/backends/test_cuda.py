@@ -89,18 +89,11 @@ def test_bits_do_not_depend_on_company() -> None:
         assert torch.equal(run(dataclasses.replace(problem, **changes)), whole[b : b + 1])
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        EncoderCase(length=60, fusion="concat", latest_k=10, pool="max", mask="right"),
-        EncoderCase(length=33, fusion="append", mask="holes", latest_k=4, poison=math.nan),
-    ],
-    ids=str,
-)
-def test_request_scoring(case: EncoderCase) -> None:
-    request = Request.draw(case, 5)
-    p, repeated = request.problem, request.repeated()
-    with emulated_cuda():
+def score(request: Request, launches: int) -> Tensor:
+    """The op on the emulation: two launches where the user's part is shared, else one."""
+    p = request.problem
+    with emulated_cuda() as module:
+        before = module.launches()
         result = ops.request_scoring(
             p.x,
             request.candidates,
@@ -111,7 +104,51 @@ def test_request_scoring(case: EncoderCase) -> None:
             *(p.options[name] for name in RESTS),
             "cuda",
         )
-    assert_close_to_oracle(result, repeated.golden(), repeated.low_precision())
+        assert module.launches() == before + launches
+    return result
+
+
+@pytest.mark.parametrize(
+    ("launches", "case"),
+    [
+        (2, EncoderCase(length=60, fusion="concat", latest_k=10, pool="max", mask="right")),
+        (2, EncoderCase(length=37, fusion="concat", mask="holes", num_layers=1, batch=1)),
+        (2, EncoderCase(length=40, fusion="concat", dtype=torch.bfloat16, mask="right",
+                        mask_form="lengths", latest_k=4, layout="strided", poison=math.nan)),
+        (2, EncoderCase(length=33, d_model=48, nhead=2, dim_feedforward=10, candidate_dim=5,
+                        fusion="concat", padding="compute", mask="left", latest_k=3)),
+        (2, EncoderCase(length=17, d_model=128, nhead=4, fusion="concat", mask="empty")),
+        (1, EncoderCase(length=33, fusion="append", mask="holes", latest_k=4, poison=math.nan)),
+        (1, EncoderCase(length=33, fusion="concat", mask="right", latest_k=4, norm_first=True)),
+        (1, EncoderCase(length=17, d_model=96, nhead=6, fusion="concat")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_request_scoring(launches: int, case: EncoderCase) -> None:
+    draws = [Request.draw(one, 5) for one in case.draws()]
+    repeated = [request.repeated() for request in draws]
+    assert_close_to_oracle(
+        [score(request, launches) for request in draws],
+        [problem.golden() for problem in repeated],
+        [problem.low_precision() for problem in repeated],
+        label=str(case),
+    )
+
+
+def test_a_candidates_bits_do_not_depend_on_the_others() -> None:
+    request = Request.draw(EncoderCase(length=20, fusion="concat", latest_k=4, mask="right"), 5)
+    whole = score(request, 2)
+    for n in range(5):
+        alone = dataclasses.replace(
+            request,
+            candidates=request.candidates[n : n + 1],
+            user_index=request.user_index[n : n + 1],
+        )
+        assert torch.equal(score(alone, 2), whole[n : n + 1])
+    none = dataclasses.replace(
+        request, candidates=request.candidates[:0], user_index=request.user_index[:0]
+    )
+    assert len(score(none, 0)) == 0
 
 
 def batch_norm(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:

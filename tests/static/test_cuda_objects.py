@@ -15,6 +15,7 @@ from seqkernels.backends import cpu
 from seqkernels.backends.cuda import not_built_reason
 from tests.static.native_build import native_objects, run_tool
 
+OPS = ("encoder", "request_scoring", "resilient_batch_norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TRANSACT = "EncoderClassILi96ELi48ELi2E"  # the instance of the reference problem, as mangled
 
@@ -68,7 +69,7 @@ def instructions(op: str, arch: str) -> dict[str, Counter[str]]:
     return found
 
 
-@pytest.mark.parametrize("op", ["encoder", "resilient_batch_norm"])
+@pytest.mark.parametrize("op", OPS)
 def test_every_architecture_has_every_kernel(op: str) -> None:
     found = usage(op)
     assert set(ARCHITECTURES) <= set(found)
@@ -76,7 +77,7 @@ def test_every_architecture_has_every_kernel(op: str) -> None:
     assert all(found.values())
 
 
-@pytest.mark.parametrize("op", ["encoder", "resilient_batch_norm"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_is_spilled(arch: str, op: str) -> None:
     for name, used in usage(op)[arch].items():
@@ -86,9 +87,10 @@ def test_nothing_is_spilled(arch: str, op: str) -> None:
         assert not counts["LDL"] + counts["STL"], name
 
 
+@pytest.mark.parametrize("op", ["encoder", "request_scoring"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_encoders_multiply_on_tensor_cores(arch: str) -> None:
-    kernels = instructions("encoder", arch)
+def test_encoders_multiply_on_tensor_cores(arch: str, op: str) -> None:
+    kernels = instructions(op, arch)
     assert kernels
     for name, counts in kernels.items():
         assert counts["HMMA"], name
@@ -100,6 +102,9 @@ def test_encoders_multiply_on_tensor_cores(arch: str) -> None:
 def test_the_reference_problem_has_its_own_kernel(arch: str) -> None:
     (used,) = [u for name, u in usage("encoder")[arch].items() if TRANSACT in name]
     assert used.registers <= 255
+    of_requests = [u for name, u in usage("request_scoring")[arch].items() if TRANSACT in name]
+    assert len(of_requests) == 2  # of a user, of a candidate
+    assert all(u.registers <= 128 for u in of_requests)  # two blocks of 7 warps fit
 
 
 def test_instructions_are_read() -> None:
