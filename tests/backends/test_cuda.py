@@ -16,7 +16,7 @@ from seqkernels.reference import ChannelNorm
 from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.backends.cuda_emulation import emulated_cuda
 from tests.backends.encoder_runs import grid_cases, oracle
-from tests.backends.test_request_scoring import RESTS, Request
+from tests.backends.test_request_scoring import Request
 from tests.backends.test_resilient_batch_norm import by_channel, definition, lay_out
 from tests.channel_norms import channel_norm, rounded
 
@@ -89,21 +89,11 @@ def test_bits_do_not_depend_on_company() -> None:
         assert torch.equal(run(dataclasses.replace(problem, **changes)), whole[b : b + 1])
 
 
-def score(request: Request, launches: int) -> Tensor:
+def score(request: Request, launches: int, **changes: Any) -> Tensor:
     """The op on the emulation: two launches where the user's part is shared, else one."""
-    p = request.problem
     with emulated_cuda() as module:
         before = module.launches()
-        result = ops.request_scoring(
-            p.x,
-            request.candidates,
-            request.user_index,
-            list(p.weights),
-            p.key_padding_mask,
-            p.lengths,
-            *(p.options[name] for name in RESTS),
-            "cuda",
-        )
+        result = request.score("cuda", **changes)
         assert module.launches() == before + launches
     return result
 
@@ -138,17 +128,14 @@ def test_request_scoring(launches: int, case: EncoderCase) -> None:
 def test_a_candidates_bits_do_not_depend_on_the_others() -> None:
     request = Request.draw(EncoderCase(length=20, fusion="concat", latest_k=4, mask="right"), 5)
     whole = score(request, 2)
+
+    def part(first: int, end: int, launches: int) -> Tensor:
+        candidates, user_index = request.candidates[first:end], request.user_index[first:end]
+        return score(request, launches, candidates=candidates, user_index=user_index)
+
     for n in range(5):
-        alone = dataclasses.replace(
-            request,
-            candidates=request.candidates[n : n + 1],
-            user_index=request.user_index[n : n + 1],
-        )
-        assert torch.equal(score(alone, 2), whole[n : n + 1])
-    none = dataclasses.replace(
-        request, candidates=request.candidates[:0], user_index=request.user_index[:0]
-    )
-    assert len(score(none, 0)) == 0
+        assert torch.equal(part(n, n + 1, 2), whole[n : n + 1])
+    assert len(part(0, 0, 0)) == 0
 
 
 def batch_norm(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:

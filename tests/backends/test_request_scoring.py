@@ -37,12 +37,11 @@ class Request:
         candidates = (scale * torch.randn(shape, generator=g)).bfloat16().to(problem.x.dtype)
         return cls(problem, candidates, torch.randint(case.batch, (count,), generator=g))
 
-    def run(self, isa: str, **changes: Any) -> Tensor:
+    def score(self, backend: str, **changes: Any) -> Tensor:
         given = {"candidates": self.candidates, "user_index": self.user_index} | changes
-        p, label = self.problem, f"cpu/{isa}"
-        before = backends.calls[label]
-        with settings.override(isa=isa), torch.inference_mode():
-            y = ops.request_scoring(
+        p = self.problem
+        with torch.inference_mode():
+            return ops.request_scoring(
                 p.x,
                 given["candidates"],
                 given["user_index"],
@@ -50,8 +49,14 @@ class Request:
                 p.key_padding_mask,
                 p.lengths,
                 *(p.options[name] for name in RESTS),
-                "cpu",
+                backend,
             )
+
+    def run(self, isa: str, **changes: Any) -> Tensor:
+        label = f"cpu/{isa}"
+        before = backends.calls[label]
+        with settings.override(isa=isa):
+            y = self.score("cpu", **changes)
         assert backends.calls[label] == before + (len(y) > 0)
         return y
 

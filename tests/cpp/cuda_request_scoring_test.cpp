@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -294,10 +295,23 @@ void values(Session& session) {
           std::count(request.repeated.valid.begin(), request.repeated.valid.end(), uint8_t{1}) == 0;
       if (request.c().length > 1 && !empty)
         session.verdicts.check(r.y != ordinary(request).y, what + ": nothing was shared");
-      if (request.c().padding == Padding::kCompute || request.c().mask == Mask::kNone) return;
+      if (request.c().mask == Mask::kNone) return;
       Setting poisoned;
       poisoned.run.poison = request.c().seed % 2 ? Poison::kNan : Poison::kInf;
-      session.verdicts.same_bits(r.y, score(request, poisoned).y, what + ": poisoned padding");
+      const std::vector<float> y = score(request, poisoned).y;
+      if (request.c().padding != Padding::kCompute) {
+        session.verdicts.same_bits(r.y, y, what + ": poisoned padding");
+      } else if (request.c().latest_k < 0) {
+        // Rows of padded tokens are computed: theirs is what sends the candidate the other way.
+        const std::vector<float> alone = ordinary(request, poisoned).y;
+        for (size_t n = 0; n < request.index.size(); ++n) {
+          const Problem p = only(request, static_cast<int64_t>(n));
+          if (std::count(p.valid.begin(), p.valid.end(), uint8_t{0}) == 0) continue;
+          session.verdicts.same_bits(valid_rows(p, of_candidate(request, y, n)),
+                                     valid_rows(p, of_candidate(request, alone, n)),
+                                     what + ": poisoned padding, computed");
+        }
+      }
     });
   }
   session.verdicts.check(std::count(used.begin(), used.end(), true) == std::ssize(used),
@@ -407,16 +421,19 @@ void guard(Session& session) {
     c.sharpen = 100;
     c.mask = Mask::kEmpty;  // of the first user
     c.seed = 5;
-    const std::vector<int64_t> index = {1, 0, 1, 1};
+    const std::vector<int64_t> index = {1, 0, 1, 1, 1};
     Request request(c, index);
     const int64_t width = c.candidate_dim;
-    // The third is so small that the user decides alone.
-    for (int64_t i = 2 * width; i < 3 * width; ++i)
-      request.repeated.candidate[static_cast<size_t>(i)] *= 0x1p-12f;
+    // The third is so small that the user decides alone. So is the last one, but for a NaN.
+    for (const int64_t n : {2, 4}) {
+      for (int64_t i = 0; i < width; ++i)
+        request.repeated.candidate[static_cast<size_t>(n * width + i)] *= 0x1p-12f;
+    }
+    request.repeated.candidate.back() = std::numeric_limits<float>::quiet_NaN();
     session.guard(request, [&](const std::string& what) {
       const Result r = score(request);
       const std::vector<float> alone = ordinary(request).y;
-      for (const size_t n : {0, 1, 3}) {
+      for (const size_t n : {0, 1, 3, 4}) {
         session.verdicts.same_bits(of_candidate(request, r.y, n), of_candidate(request, alone, n),
                                    what + ": the ordinary path, candidate " + std::to_string(n));
       }

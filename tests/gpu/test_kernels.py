@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqkernels import backends, ops
 from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle, check_encoder
-from tests.backends.test_request_scoring import RESTS, Request
+from tests.backends.test_request_scoring import Request
 from tests.backends.test_resilient_batch_norm import by_channel, definition
 from tests.channel_norms import channel_norm, rounded
 from tests.triton.grid import grid_cases
@@ -76,16 +76,26 @@ def test_equal_bits_again_and_alone(length: int, backend: str) -> None:
     assert torch.equal(alone, first[5:6])
 
 
-def test_a_graph_captures_it(backend: str) -> None:
+def request_on_gpu(request: Request) -> Request:
+    return Request(on_gpu(request.problem), request.candidates.cuda(), request.user_index.cuda())
+
+
+@pytest.mark.parametrize("op", ["encoder", "request_scoring"])
+def test_a_graph_captures_it(op: str, backend: str) -> None:
     case = EncoderCase(
         batch=4, fusion="concat", latest_k=8, pool="max", mask="right", mask_form="lengths"
     )
     problem = on_gpu(case.problem())
+    request = request_on_gpu(Request.draw(case, 8))
+
+    def forward() -> Tensor:
+        return problem.run(backend) if op == "encoder" else request.score(backend)
+
     with torch.inference_mode():
-        expected = problem.run(backend)  # packs, compiles
+        expected = forward()  # packs, compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = problem.run(backend)
+            captured = forward()
         captured.zero_()
         graph.replay()
     torch.cuda.synchronize()
@@ -95,18 +105,8 @@ def test_a_graph_captures_it(backend: str) -> None:
 def test_request_scoring(backend: str) -> None:
     case = EncoderCase(length=60, fusion="concat", latest_k=10, pool="max", mask="right")
     request = Request.draw(case, 64)
-    p, repeated = on_gpu(request.problem), request.repeated()
-    with torch.inference_mode():
-        result = ops.request_scoring(
-            p.x,
-            request.candidates.cuda(),
-            request.user_index.cuda(),
-            list(p.weights),
-            p.key_padding_mask,
-            p.lengths,
-            *(p.options[name] for name in RESTS),
-            backend,
-        )
+    repeated = request.repeated()
+    result = request_on_gpu(request).score(backend)
     assert_close_to_oracle(result.cpu(), repeated.golden(), repeated.low_precision())
 
 
