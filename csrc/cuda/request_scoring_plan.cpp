@@ -33,7 +33,9 @@ struct UserMemory {
   int64_t bytes() const { return exponentials + keys + values; }
 };
 
+// In request_instances(); -1: there is none.
 int instance_of(const EncoderPlan& plan) {
+  if (plan.instance < 0) return -1;
   const std::vector<EncoderInstance>& all = request_instances();
   const auto found =
       std::find(all.begin(), all.end(), encoder_instances()[static_cast<size_t>(plan.instance)]);
@@ -55,7 +57,10 @@ RequestPlan plan_request_scoring(const EncoderShape& shape, const EncoderCall& c
   RequestPlan plan;
   const auto refuse = [&](const std::string& reason) { plan.reasons.push_back(reason); };
   if (!call.user_index) refuse("user_index: expected one, got none");
-  if (call.fusion != Fusion::kConcat) refuse("fusion: expected concat, got another");
+  if (call.fusion != Fusion::kConcat) {
+    refuse(std::string("fusion: expected concat, got ") +
+           (call.fusion == Fusion::kAppend ? "append" : "none"));
+  }
   if (shape.norm_first) refuse("norm_first: expected false, got true");
   plan.candidates = plan_encoder(shape, call, device);
   for (const std::string& reason : plan.candidates.reasons) refuse(reason);
