@@ -1,19 +1,10 @@
 // The launcher of the encoder on a CUDA device.
-#include "cuda/encoder.cuh"
-
 #include <cuda_runtime.h>
 
-#include "cuda/encoder_pack.h"
+#include "cuda/encoder_kernels.cuh"
 
 namespace seqkernels::cuda {
 namespace {
-
-using Kernel = void (*)(EncoderParams);
-
-// In the order of encoder_instances().
-#define SEQKERNELS_KERNEL(...) &encoder_kernel<EncoderClass<__VA_ARGS__>>,
-constexpr Kernel kKernels[] = {SEQKERNELS_CUDA_ENCODER_INSTANCES(SEQKERNELS_KERNEL)};
-#undef SEQKERNELS_KERNEL
 
 std::string error_of(cudaError_t status) {
   cudaGetLastError();  // it is reported here, and not again to whoever asks next
@@ -46,7 +37,7 @@ std::string launch_encoder(const EncoderShape& shape, const EncoderPlan& plan,
            " bytes, got none";
   }
   EncoderParams params = encoder_params(shape, plan, call, packed, workspace);
-  const void* kernel = reinterpret_cast<const void*>(kKernels[plan.instance]);
+  const void* kernel = reinterpret_cast<const void*>(encoder_kernel_of(plan.instance));
   // More than 48 KB have to be asked for.
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(plan.shared_bytes));

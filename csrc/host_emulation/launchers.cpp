@@ -3,8 +3,7 @@
 // the error.
 #include "host_emulation/launchers.h"
 
-#include "cuda/encoder.cuh"
-#include "cuda/encoder_pack.h"
+#include "cuda/encoder_kernels.cuh"
 #include "cuda/request_scoring.cuh"
 #include "cuda/resilient_batch_norm.cuh"
 #include "host_emulation/launch.h"
@@ -38,15 +37,6 @@ std::string run(Kernel kernel, int grid, int threads, int64_t shared_bytes, cons
 }  // namespace host_emulation
 
 namespace cuda {
-namespace {
-
-using EncoderKernel = void (*)(EncoderParams);
-
-#define SEQKERNELS_KERNEL(...) &encoder_kernel<EncoderClass<__VA_ARGS__>>,
-constexpr EncoderKernel kEncoderKernels[] = {SEQKERNELS_CUDA_ENCODER_INSTANCES(SEQKERNELS_KERNEL)};
-#undef SEQKERNELS_KERNEL
-
-}  // namespace
 
 EncoderDevice encoder_device(int, std::string*) {
   return host_emulation::launch_settings().device;
@@ -55,7 +45,7 @@ EncoderDevice encoder_device(int, std::string*) {
 std::string launch_encoder(const EncoderShape& shape, const EncoderPlan& plan,
                            const EncoderCall& call, const void* packed, void* workspace, void*) {
   if (!plan.reasons.empty()) return "encoder: cuda: " + plan.reasons[0];
-  return host_emulation::run(kEncoderKernels[plan.instance], plan.grid, plan.threads,
+  return host_emulation::run(encoder_kernel_of(plan.instance), plan.grid, plan.threads,
                              plan.shared_bytes,
                              encoder_params(shape, plan, call, packed, workspace));
 }

@@ -17,8 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/encoder.cuh"
-#include "cuda/encoder_pack.h"
+#include "cuda/encoder_kernels.cuh"
 #include "encoder_problem.h"
 #include "encoder_reference.h"
 #include "encoder_verdicts.h"
@@ -27,7 +26,6 @@
 namespace seqkernels::test {
 namespace {
 
-using cuda::EncoderClass;
 using cuda::EncoderDevice;
 using cuda::EncoderInstance;
 using cuda::EncoderParams;
@@ -39,15 +37,6 @@ constexpr EncoderDevice kH100{227 * 1024, 132};
 constexpr EncoderDevice kL4{99 * 1024, 58};
 
 // ---- a launch ----
-
-using Kernel = void (*)(EncoderParams);
-
-const std::vector<Kernel>& kernels() {
-#define SEQKERNELS_KERNEL(...) &cuda::encoder_kernel<EncoderClass<__VA_ARGS__>>,
-  static const std::vector<Kernel> all = {SEQKERNELS_CUDA_ENCODER_INSTANCES(SEQKERNELS_KERNEL)};
-#undef SEQKERNELS_KERNEL
-  return all;
-}
 
 struct Setting {
   Run run;
@@ -86,9 +75,9 @@ Result launch(const Problem& p, const PreparedCall& made, const EncoderCall& cal
   EncoderParams params =
       cuda::encoder_params(shape, r.plan, call, packed.data.get(), workspace.data.get());
   setting.spoil(params);
-  r.counters = host_emulation::launch(kernels()[static_cast<size_t>(r.plan.instance)], r.plan.grid,
-                                      r.plan.threads, static_cast<size_t>(r.plan.shared_bytes),
-                                      setting.schedule, params);
+  r.counters =
+      host_emulation::launch(cuda::encoder_kernel_of(r.plan.instance), r.plan.grid, r.plan.threads,
+                             static_cast<size_t>(r.plan.shared_bytes), setting.schedule, params);
   r.y = made.output();
   return r;
 }
