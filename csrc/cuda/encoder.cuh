@@ -172,11 +172,11 @@ __device__ __forceinline__ void run_sequence(const EncoderParams& p, int64_t ind
   const Place<Class> here{p, lane_index(), s.num_keys};
   const int strips = (s.num_tokens(p) + kTile - 1) / kTile;
   const int key_strips = (s.num_keys + kTile - 1) / kTile;
-  if (p.pool_max) reset_pool<Class>(p, warp);
+  if (p.pool_max) reset_pool(pool_of(p, warp, Class::kModel), Class::kModel);
 
   uint32_t x[Class::kModelTiles][4];
   for (int strip = warp; strip < strips; strip += p.warps) {
-    load_strip<Class>(p, s, strip, x);
+    load_strip(p, s, strip, 0, x);
     if constexpr (Class::kExact) break;
     store_rest_strip(here, strip, x);
   }
@@ -205,7 +205,7 @@ __device__ __forceinline__ void run_sequence(const EncoderParams& p, int64_t ind
       if constexpr (!Class::kExact) load_rest_strip(here, strip, x);
       run_strip(here, layer, last, x, tiles, AttendToRest{});
       if (last) {
-        store_strip<Class>(p, s, strip, warp, tiles);
+        store_strip(p, s, strip, 0, pool_of(p, warp, Class::kModel), tiles);
       } else if constexpr (!Class::kExact) {
         store_rest_strip(here, strip, x);
       }
@@ -213,7 +213,7 @@ __device__ __forceinline__ void run_sequence(const EncoderParams& p, int64_t ind
     }
     sync_threads();
   }
-  finish_sequence<Class>(p, s);
+  finish_sequence(p, s, p.warps, Class::kModel);
 }
 
 template <class Class>

@@ -71,6 +71,53 @@ struct Place {
   }
 };
 
+// K of a head and strip, to memory.
+template <class Class>
+__device__ __forceinline__ void store_keys(const Place<Class>& here, int head, int strip,
+                                           const float (&tiles)[Class::kHeadTiles][2][4]) {
+#pragma unroll
+  for (int i = 0; i < Class::kHeadTiles; ++i) {
+    here.store_rest(here.tile_of(here.p.keys, head, strip) + i * kTileVectors,
+                    here.p.keys_in_workspace, pack_right(tiles[i]));
+  }
+}
+
+// V likewise, to shared memory. Values of padded tokens are set to zero, not multiplied by it: they
+// may be NaN.
+template <class Class>
+__device__ __forceinline__ void store_values(const Place<Class>& here, int head, int strip,
+                                             float (&tiles)[Class::kHeadTiles][2][4]) {
+  const int at = here.tile_of(here.p.values, head, strip);
+  const int left = here.num_keys - strip * kTile;
+  const int token = here.lane / 4;
+#pragma unroll
+  for (int i = 0; i < Class::kHeadTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (token + 8 * (j % 4 / 2) >= left) tiles[i][j / 4][j % 4] = 0.0f;
+    }
+    here.store_values(at + i * kTileVectors, tiles[i]);
+  }
+}
+
+// V^T, a tile's rows columns of the head, to the workspace.
+template <class Class>
+__device__ __forceinline__ void store_values_transposed(const Place<Class>& here, int head,
+                                                        int strip,
+                                                        float (&tiles)[Class::kHeadTiles][2][4]) {
+  const int at = here.tile_of(here.p.values, head, strip);
+  const int left = here.num_keys - strip * kTile;
+  const int token = 2 * (here.lane % 4);
+#pragma unroll
+  for (int i = 0; i < Class::kHeadTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (token + 8 * (j / 4) + j % 2 >= left) tiles[i][j / 4][j % 4] = 0.0f;
+    }
+    here.store_rest(at + i * kTileVectors, true, pack_right(tiles[i]));
+  }
+}
+
 // K and V of a strip, to memory.
 template <class Class>
 __device__ __forceinline__ void project_keys_and_values(
@@ -85,39 +132,15 @@ __device__ __forceinline__ void project_keys_and_values(
     float tiles[kTiles][2][4];
     clear(tiles);
     multiply_weights(tiles, x, here.matrix(layer, p.layout.key + head * head_vectors));
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      here.store_rest(here.tile_of(p.keys, head, strip) + i * kTileVectors, p.keys_in_workspace,
-                      pack_right(tiles[i]));
-    }
+    store_keys(here, head, strip, tiles);
     const Vector16* weights = here.matrix(layer, p.layout.value + head * head_vectors);
-    const int at = here.tile_of(p.values, head, strip);
-    // Values of padded tokens are set to zero, not multiplied by it: they may be NaN.
-    const int left = here.num_keys - strip * kTile;
     clear(tiles);
     if (!Class::kExact && p.keys_in_workspace) {
-      // Transposed: a tile's rows are columns of the head.
       multiply_weights_left(tiles, x, weights);
-      const int token = 2 * (here.lane % 4);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (token + 8 * (j / 4) + j % 2 >= left) tiles[i][j / 4][j % 4] = 0.0f;
-        }
-        here.store_rest(at + i * kTileVectors, true, pack_right(tiles[i]));
-      }
+      store_values_transposed(here, head, strip, tiles);
     } else {
       multiply_weights(tiles, x, weights);
-      const int token = here.lane / 4;
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (token + 8 * (j % 4 / 2) >= left) tiles[i][j / 4][j % 4] = 0.0f;
-        }
-        here.store_values(at + i * kTileVectors, tiles[i]);
-      }
+      store_values(here, head, strip, tiles);
     }
   }
 }
@@ -218,18 +241,9 @@ __device__ __forceinline__ void largest_scores(const Place<Class>& here, int hea
   }
 }
 
-// The queries of one head, [16, head rows] in bf16, scaled.
-template <class Class>
-__device__ __forceinline__ void project_queries(const Place<Class>& here, const Vector16* layer,
-                                                int head,
-                                                const uint32_t (&x)[Class::kModelTiles][4],
-                                                uint32_t (&q)[Class::kHeadTiles][4]) {
-  constexpr int kTiles = Class::kHeadTiles;
-  const EncoderParams& p = here.p;
-  float tiles[kTiles][2][4];
-  set_rows(tiles, layer + p.layout.query_bias + head * kTiles * 4);
-  const int head_vectors = kTiles * Class::kModelTiles * kTileVectors;
-  multiply_weights(tiles, x, here.matrix(layer, p.layout.query + head * head_vectors));
+template <int kTiles>
+__device__ __forceinline__ void pack_query(const EncoderParams& p, float (&tiles)[kTiles][2][4],
+                                           uint32_t (&q)[kTiles][4]) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -238,16 +252,13 @@ __device__ __forceinline__ void project_queries(const Place<Class>& here, const 
   pack(tiles, q);
 }
 
-// The attention of one head, [16, head rows] in bf16. There is at least one key.
+// The attention of one head to all keys, [16, head rows] in bf16. There is at least one.
 template <class Class>
-__device__ __forceinline__ void attend(const Place<Class>& here, const Vector16* layer, int head,
-                                       const uint32_t (&x)[Class::kModelTiles][4],
-                                       uint32_t (&attended)[Class::kHeadTiles][4]) {
+__device__ __forceinline__ void attend_to_keys(const Place<Class>& here, int head,
+                                               const uint32_t (&q)[Class::kHeadTiles][4],
+                                               uint32_t (&attended)[Class::kHeadTiles][4]) {
   constexpr int kTiles = Class::kHeadTiles;
   constexpr int kTilesAtOnce = 2;
-  uint32_t q[kTiles][4];
-  project_queries(here, layer, head, x, q);
-
   float out[kTiles][2][4], sum[4], top[2] = {0.0f, 0.0f};
 #pragma unroll 1
   for (int pass = 0;; ++pass) {
@@ -275,6 +286,31 @@ __device__ __forceinline__ void attend(const Place<Class>& here, const Vector16*
   }
   pack(out, attended);
   scheduling_fence();
+}
+
+// The queries of one head, [16, head rows] in bf16, scaled.
+template <class Class>
+__device__ __forceinline__ void project_queries(const Place<Class>& here, const Vector16* layer,
+                                                int head,
+                                                const uint32_t (&x)[Class::kModelTiles][4],
+                                                uint32_t (&q)[Class::kHeadTiles][4]) {
+  constexpr int kTiles = Class::kHeadTiles;
+  const EncoderLayout& l = here.p.layout;
+  float tiles[kTiles][2][4];
+  set_rows(tiles, layer + l.query_bias + head * kTiles * 4);
+  const int head_vectors = kTiles * Class::kModelTiles * kTileVectors;
+  multiply_weights(tiles, x, here.matrix(layer, l.query + head * head_vectors));
+  pack_query(here.p, tiles, q);
+}
+
+// The attention of one head from the strip's activations on.
+template <class Class>
+__device__ __forceinline__ void attend(const Place<Class>& here, const Vector16* layer, int head,
+                                       const uint32_t (&x)[Class::kModelTiles][4],
+                                       uint32_t (&attended)[Class::kHeadTiles][4]) {
+  uint32_t q[Class::kHeadTiles][4];
+  project_queries(here, layer, head, x, q);
+  attend_to_keys(here, head, q, attended);
 }
 
 }  // namespace seqkernels::cuda

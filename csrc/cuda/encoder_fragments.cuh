@@ -35,6 +35,13 @@ __device__ __forceinline__ void pack(const float (&tile)[2][4], uint32_t (&fragm
   }
 }
 
+// The same as it lies in memory.
+__device__ __forceinline__ Vector16 pack_left(const float (&tile)[2][4]) {
+  uint32_t fragment[4];
+  pack(tile, fragment);
+  return {{fragment[0], fragment[1], fragment[2], fragment[3]}};
+}
+
 // The same as the right operand of `multiply`.
 __device__ __forceinline__ Vector16 pack_right(const float (&tile)[2][4]) {
   return {{pack_bf16(tile[0][0], tile[0][1]), pack_bf16(tile[1][0], tile[1][1]),
@@ -83,6 +90,14 @@ __device__ __forceinline__ void multiply_weights(float (&tiles)[kTiles][2][4],
   }
 }
 
+// tile += a b^T with the operands of `multiply`, transposed: a comes from memory, b is a fragment.
+__device__ __forceinline__ void multiply_left(float (&tile)[2][4], const Vector16& a,
+                                              const uint32_t (&b)[4]) {
+  const uint32_t left[4] = {a.v[0], a.v[2], a.v[1], a.v[3]};
+  mma_m16n8k16(tile[0], left, b[0], b[2]);
+  mma_m16n8k16(tile[1], left, b[1], b[3]);
+}
+
 // The transposed result: tiles [tile rows of `weights`, rows] += weights a^T.
 template <int kTiles, int kSteps>
 __device__ __forceinline__ void multiply_weights_left(float (&tiles)[kTiles][2][4],
@@ -101,13 +116,7 @@ __device__ __forceinline__ void multiply_weights_left(float (&tiles)[kTiles][2][
 #pragma unroll
     for (int i = 0; i < kPhase && first + i < kSteps; ++i) {
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const uint32_t (&x)[4] = a[first + i];
-        const Vector16& w = b[i][j];
-        const uint32_t left[4] = {w.v[0], w.v[2], w.v[1], w.v[3]};
-        mma_m16n8k16(tiles[j][0], left, x[0], x[2]);
-        mma_m16n8k16(tiles[j][1], left, x[1], x[3]);
-      }
+      for (int j = 0; j < kTiles; ++j) multiply_left(tiles[j], b[i][j], a[first + i]);
     }
     scheduling_fence();
   }

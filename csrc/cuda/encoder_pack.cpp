@@ -6,15 +6,17 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cuda/split_plan.h"
+
 namespace seqkernels::cuda {
 namespace {
 
 #include "cpu/bf16.h"
 
-constexpr int kLargestModel = 128;
+constexpr int kLargestFusedModel = 128;
 
-int64_t tokens_of(const EncoderCall& call) {
-  return call.length + (call.fusion == Fusion::kAppend ? 1 : 0);
+bool is_split(const EncoderShape& s) {
+  return s.d_model > kLargestFusedModel;
 }
 
 // The smallest general instance that holds the shape; -1: there is none.
@@ -105,14 +107,14 @@ void pack_layer(Packer& packer, int64_t base, const EncoderLayout& l, const Enco
         base + projections[which], l.concat_rows, l.model_rows, l.head_rows,
         [&](int row, int column) { return at(weight, head_row(row), model_column(column), d, d); });
   }
-  packer.matrix(base + l.out, l.model_rows, l.concat_rows, l.model_rows, [&](int row, int column) {
+  packer.matrix(base + l.out, l.model_rows, l.concat_rows, l.model_group, [&](int row, int column) {
     return at(w.out_proj_weight, model_column(row), head_row(column), d, d);
   });
   packer.matrix(
-      base + l.linear1, l.hidden_rows, l.model_rows, kHiddenChunk,
+      base + l.linear1, l.hidden_rows, l.model_rows, l.hidden_group,
       [&](int row, int column) { return at(w.linear1_weight, row, model_column(column), f, d); });
   packer.matrix(
-      base + l.linear2, l.model_rows, l.hidden_rows, l.model_rows,
+      base + l.linear2, l.model_rows, l.hidden_rows, l.model_group,
       [&](int row, int column) { return at(w.linear2_weight, model_column(row), column, d, f); });
 
   packer.vector(base + l.query_bias, l.concat_rows,
@@ -168,10 +170,12 @@ const std::vector<EncoderInstance>& encoder_instances() {
 }
 
 EncoderLayout encoder_layout(const EncoderShape& shape) {
+  if (is_split(shape)) return split_layout(shape);
   const int instance = general_instance(shape);
   if (instance < 0) throw std::invalid_argument("encoder: cuda: no kernel takes the shape");
   const EncoderInstance& i = encoder_instances()[static_cast<size_t>(instance)];
-  return {i.model_rows, i.head_rows, shape.nhead, shape.dim_feedforward, shape.num_layers};
+  return {i.model_rows,     i.head_rows,  shape.nhead, shape.dim_feedforward,
+          shape.num_layers, i.model_rows, kHiddenChunk};
 }
 
 std::vector<std::string> encoder_unsupported_reasons(const EncoderShape& s) {
@@ -180,8 +184,9 @@ std::vector<std::string> encoder_unsupported_reasons(const EncoderShape& s) {
     reasons.push_back(std::string(what) + ": expected " + expected + ", got " +
                       std::to_string(got));
   };
-  if (s.d_model < 1 || s.d_model > kLargestModel)
-    refuse("d_model", "at most " + std::to_string(kLargestModel), s.d_model);
+  const int largest_model = split_instances().back().model_rows();
+  if (s.d_model < 1 || s.d_model > largest_model)
+    refuse("d_model", "at most " + std::to_string(largest_model), s.d_model);
   if (s.nhead < 1 || s.d_model % std::max(1, s.nhead) != 0)
     refuse("nhead", "a divisor of d_model = " + std::to_string(s.d_model), s.nhead);
   constexpr int kLargestFeedForward = 1 << 16;
@@ -192,8 +197,9 @@ std::vector<std::string> encoder_unsupported_reasons(const EncoderShape& s) {
     refuse("layers", "1 to " + std::to_string(kMostLayers), s.num_layers);
   if (s.activation == Activation::kNone)
     reasons.push_back("activation: expected relu, gelu, gelu_tanh or leaky_relu, got none");
-  if (reasons.empty() && general_instance(s) < 0)
-    refuse("head_dim", "one that a kernel was compiled for", s.head_dim());
+  const int largest_head = split_attention_instances().back();
+  if (reasons.empty() && s.head_dim() > largest_head)
+    refuse("head_dim", "at most " + std::to_string(largest_head), s.head_dim());
   return reasons;
 }
 
@@ -236,6 +242,10 @@ EncoderPlan plan_encoder(const EncoderShape& shape, const EncoderCall& call,
   if (call.latest_k > kMostTokens) {
     plan.reasons.push_back("latest_k: expected at most " + std::to_string(kMostTokens) + ", got " +
                            std::to_string(call.latest_k));
+    return plan;
+  }
+  if (is_split(shape)) {
+    plan_split(shape, call, device, plan);
     return plan;
   }
   const EncoderLayout layout = encoder_layout(shape);
@@ -286,12 +296,11 @@ EncoderPlan plan_encoder(const EncoderShape& shape, const EncoderCall& call,
   return plan;
 }
 
-EncoderParams encoder_params(const EncoderShape& shape, const EncoderPlan& plan,
-                             const EncoderCall& call, const void* packed, void* workspace) {
-  const EncoderInstance& instance = encoder_instances()[static_cast<size_t>(plan.instance)];
+EncoderParams encoder_call_params(const EncoderShape& shape, const EncoderCall& call,
+                                  const EncoderLayout& layout, const void* packed) {
   EncoderParams p{};
   p.packed = static_cast<const unsigned char*>(packed);
-  p.layout = encoder_layout(shape);
+  p.layout = layout;
   p.d_model = shape.d_model;
   p.num_layers = shape.num_layers;
   p.activation = shape.activation;
@@ -320,6 +329,7 @@ EncoderParams encoder_params(const EncoderShape& shape, const EncoderPlan& plan,
   p.out_stride_l = call.out_stride_l;
   p.length = static_cast<int>(call.length);
   p.tokens = static_cast<int>(tokens_of(call));
+  p.strips = (p.tokens + kTile - 1) / kTile;
   const int64_t joined = call.fusion == Fusion::kConcat ? call.candidate_dim : 0;
   p.event_dim = shape.d_model - static_cast<int>(joined);
   p.latest_k = static_cast<int>(call.latest_k);
@@ -337,10 +347,15 @@ EncoderParams encoder_params(const EncoderShape& shape, const EncoderPlan& plan,
                    (!call.candidate || whole(call.candidate_stride));
   p.vector_output = p.d_model % 8 == 0 && aligned(call.out, 16) && whole(call.out_stride_b) &&
                     (call.latest_k >= 0 || whole(call.out_stride_l));
+  return p;
+}
 
+EncoderParams encoder_params(const EncoderShape& shape, const EncoderPlan& plan,
+                             const EncoderCall& call, const void* packed, void* workspace) {
+  const EncoderInstance& instance = encoder_instances()[static_cast<size_t>(plan.instance)];
+  EncoderParams p = encoder_call_params(shape, call, encoder_layout(shape), packed);
   p.warps = plan.threads / 32;
   const BlockMemory m(instance, p.layout, p.tokens, p.warps, call.pool_max);
-  p.strips = (p.tokens + kTile - 1) / kTile;
   p.keys_in_workspace = plan.keys_in_workspace;
   p.x_in_workspace = plan.workspace_bytes > 0;
   p.workspace = static_cast<unsigned char*>(workspace);

@@ -5,8 +5,8 @@
 #include "cuda/encoder_params.h"
 #include "seqkernels/cuda_encoder.h"
 
-// The kernels that are compiled: X(model rows, head rows, heads, most warps). One with heads takes
-// exactly this shape. The head rows of a model size ascend.
+// The fused kernels that are compiled: X(model rows, head rows, heads, most warps). One with heads
+// takes exactly this shape. The head rows of a model size ascend.
 #define SEQKERNELS_CUDA_ENCODER_EXACT(X) X(96, 48, 2, 16)
 #define SEQKERNELS_CUDA_ENCODER_GENERAL(X) \
   X(32, 16, 0, 8)                          \
@@ -28,10 +28,18 @@
 
 namespace seqkernels::cuda {
 
-// Of a shape that is taken.
+inline int64_t tokens_of(const EncoderCall& call) {
+  return call.length + (call.fusion == Fusion::kAppend ? 1 : 0);
+}
+
+// Of a shape that is taken, in either form.
 EncoderLayout encoder_layout(const EncoderShape& shape);
 
-// `plan` is one that takes the call.
+// What shape and call say, whatever the plan: all but memory and warps.
+EncoderParams encoder_call_params(const EncoderShape& shape, const EncoderCall& call,
+                                  const EncoderLayout& layout, const void* packed);
+
+// `plan` is one that takes the call in the fused form.
 EncoderParams encoder_params(const EncoderShape& shape, const EncoderPlan& plan,
                              const EncoderCall& call, const void* packed, void* workspace);
 

@@ -17,7 +17,7 @@ namespace seqkernels::cuda {
 
 constexpr int kTile = 16;
 constexpr int kTileVectors = 32;      // of 16 bytes in a tile
-constexpr int kHiddenChunk = 32;      // columns of the hidden layer computed at once
+constexpr int kHiddenChunk = 32;      // columns of the hidden layer a fused kernel computes at once
 constexpr int kPositionsOffset = 16;  // bytes of shared memory before the list of tokens
 
 constexpr int64_t round_up_to(int64_t value, int64_t multiple) {
@@ -35,9 +35,9 @@ constexpr int model_column(int packed) {
 struct EncoderLayout {
   int model_rows = 0, head_rows = 0, heads = 0, concat_rows = 0, hidden_rows = 0;  // padded
   int query = 0, key = 0, value = 0;  // [concat, model], groups of a head
-  int out = 0;                        // [model, concat], one group
-  int linear1 = 0;                    // [hidden, model], groups of kHiddenChunk
-  int linear2 = 0;                    // [model, hidden], one group
+  int out = 0;                        // [model, concat], groups of model_group
+  int linear1 = 0;                    // [hidden, model], groups of hidden_group
+  int linear2 = 0;                    // [model, hidden], groups of model_group
   int query_bias = 0;                 // [concat]
   int out_bias = 0;                   // [model], with W_o b_v: the rows of P sum to 1
   int out_bias_alone = 0;             // [model], for sequences without a key
@@ -46,14 +46,18 @@ struct EncoderLayout {
   int layer = 0;                         // size of a layer
   int final_weight = 0, final_bias = 0;  // from the start of all
   int total = 0;
+  int model_group = 0, hidden_group = 0;  // rows
 
   constexpr EncoderLayout() = default;
-  constexpr EncoderLayout(int model, int head, int nhead, int feedforward, int num_layers)
+  constexpr EncoderLayout(int model, int head, int nhead, int feedforward, int num_layers,
+                          int rows_of_model, int rows_of_hidden)
       : model_rows(model),
         head_rows(head),
         heads(nhead),
         concat_rows(nhead * head),
-        hidden_rows(static_cast<int>(round_up_to(feedforward, kHiddenChunk))) {
+        hidden_rows(static_cast<int>(round_up_to(feedforward, rows_of_hidden))),
+        model_group(rows_of_model),
+        hidden_group(rows_of_hidden) {
     int at = 0;
     const auto take = [&](int vectors) {
       const int offset = at;

@@ -178,10 +178,10 @@ __device__ __forceinline__ Vector16 load_columns(const EncoderParams& p, const S
   return packed;
 }
 
-// The strip's rows; those beyond the last token are 0.
-template <class Class>
+// The strip's rows from a column on, a multiple of 32; those beyond the last token are 0.
+template <int kTiles>
 __device__ __forceinline__ void load_strip(const EncoderParams& p, const Sequence& s, int strip,
-                                           uint32_t (&x)[Class::kModelTiles][4]) {
+                                           int column, uint32_t (&x)[kTiles][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -189,9 +189,9 @@ __device__ __forceinline__ void load_strip(const EncoderParams& p, const Sequenc
     const bool exists = token < s.num_tokens(p);
     const int position = exists ? load_shared(positions() + token) : 0;
 #pragma unroll
-    for (int j = 0; j < Class::kModelTiles / 2; ++j) {
+    for (int j = 0; j < kTiles / 2; ++j) {
       Vector16 v{{0u, 0u, 0u, 0u}};
-      if (exists) v = load_columns(p, s, position, 32 * j + 8 * t);
+      if (exists) v = load_columns(p, s, position, column + 32 * j + 8 * t);
       x[2 * j][r] = v.v[0];
       x[2 * j][2 + r] = v.v[1];
       x[2 * j + 1][r] = v.v[2];
@@ -200,7 +200,7 @@ __device__ __forceinline__ void load_strip(const EncoderParams& p, const Sequenc
   }
   // The same values again, in registers that no load has bound to one another.
 #pragma unroll
-  for (int i = 0; i < Class::kModelTiles; ++i) {
+  for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[i][j] = pack_bf16(bf16_low(x[i][j]), bf16_high(x[i][j]));
   }
@@ -250,24 +250,24 @@ __device__ __forceinline__ float larger(float y, float best) {
   return !(y <= best) && best == best ? y : best;
 }
 
-__device__ __forceinline__ float* pool_of(const EncoderParams& p, int warp, int model_rows) {
-  return reinterpret_cast<float*>(shared_memory() + int64_t{16} * p.pool) + warp * model_rows;
+__device__ __forceinline__ float* pool_of(const EncoderParams& p, int index, int model_rows) {
+  return reinterpret_cast<float*>(shared_memory() + int64_t{16} * p.pool) + index * model_rows;
 }
 
-template <class Class>
-__device__ __forceinline__ void reset_pool(const EncoderParams& p, int warp) {
-  for (int i = lane_index() * 4; i < Class::kModel; i += 128) {
+// By one warp.
+__device__ __forceinline__ void reset_pool(float* pool, int columns) {
+  for (int i = lane_index() * 4; i < columns; i += 128) {
     constexpr uint32_t kLowest = 0xff800000u;  // -infinity
-    store_shared(reinterpret_cast<Vector16*>(pool_of(p, warp, Class::kModel) + i),
+    store_shared(reinterpret_cast<Vector16*>(pool + i),
                  Vector16{{kLowest, kLowest, kLowest, kLowest}});
   }
 }
 
-// Writes a finished strip to the output and to the warp's running maximum.
-template <class Class>
+// Writes a finished strip, from a column on, to the output and to the running maximum `pool`.
+template <int kTiles>
 __device__ __forceinline__ void store_strip(const EncoderParams& p, const Sequence& s, int strip,
-                                            int warp,
-                                            const float (&tiles)[Class::kModelTiles][2][4]) {
+                                            int column, float* pool,
+                                            const float (&tiles)[kTiles][2][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   if (p.latest_k != 0) {
 #pragma unroll
@@ -284,11 +284,11 @@ __device__ __forceinline__ void store_strip(const EncoderParams& p, const Sequen
         row += static_cast<int64_t>(slot) * p.d_model;
       }
 #pragma unroll
-      for (int j = 0; j < Class::kModelTiles / 2; ++j) {
+      for (int j = 0; j < kTiles / 2; ++j) {
         float y[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) y[i] = tiles[2 * j + i / 4][i / 2 % 2][2 * r + i % 2];
-        store_columns(p, row, 32 * j + 8 * t, y);
+        store_columns(p, row, column + 32 * j + 8 * t, y);
       }
     }
   }
@@ -297,9 +297,8 @@ __device__ __forceinline__ void store_strip(const EncoderParams& p, const Sequen
   const bool exists[2] = {strip * kTile + g < s.num_tokens(p),
                           strip * kTile + g + 8 < s.num_tokens(p)};
 #pragma unroll
-  for (int i = 0; i < Class::kModelTiles; ++i) {
-    Vector16* best =
-        reinterpret_cast<Vector16*>(pool_of(p, warp, Class::kModel) + 32 * (i / 2) + 8 * t) + i % 2;
+  for (int i = 0; i < kTiles; ++i) {
+    Vector16* best = reinterpret_cast<Vector16*>(pool + column + 32 * (i / 2) + 8 * t) + i % 2;
     Vector16 v;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -331,9 +330,10 @@ __device__ __forceinline__ float padded_value(const EncoderParams& p, int column
   return load_global(reinterpret_cast<const float*>(p.packed) + at);
 }
 
-// Everything that no strip writes: padded rows, slots outside, the pool. Behind a barrier.
-template <class Class>
-__device__ __forceinline__ void finish_sequence(const EncoderParams& p, const Sequence& s) {
+// Everything that no strip writes: padded rows, slots outside, the largest of `pools` running
+// maxima. Behind a barrier.
+__device__ __forceinline__ void finish_sequence(const EncoderParams& p, const Sequence& s,
+                                                int pools, int model_rows) {
   const bool fills = p.padding != Padding::kCompute;
   const int64_t user = s.user(p);
   const int window_begin = s.window_begin(p);
@@ -357,8 +357,8 @@ __device__ __forceinline__ void finish_sequence(const EncoderParams& p, const Se
     float best = -__builtin_inff();
     if (s.num_tokens(p) > 0) {
 #pragma unroll 1
-      for (int warp = 0; warp < p.warps; ++warp)
-        best = larger(load_shared(pool_of(p, warp, Class::kModel) + column), best);
+      for (int pool = 0; pool < pools; ++pool)
+        best = larger(load_shared(pool_of(p, pool, model_rows) + column), best);
     }
     if (counts_padded) {
       best = larger(padded_value(p, column), best);

@@ -138,13 +138,13 @@ __global__ void __launch_bounds__(32 * Class::kWarps, 1)
   const Vector16* layer = reinterpret_cast<const Vector16*>(p.packed);
   uint32_t x[Class::kModelTiles][4];
   for (int strip = warp; strip * kTile < s.num_keys; strip += p.warps) {
-    load_strip<Class>(p, s, strip, x);
+    load_strip(p, s, strip, 0, x);
     keep_keys_and_values(here, user, layer, head, strip, x);
     if constexpr (Class::kExact) break;
   }
   sync_threads();
   for (int strip = warp; strip < strips; strip += p.warps) {
-    load_strip<Class>(p, s, strip, x);
+    load_strip(p, s, strip, 0, x);
     keep_exponentials(here, user, layer, head, strip, x);
     if constexpr (Class::kExact) break;
   }
@@ -388,9 +388,9 @@ __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t 
     const Vector16* layer =
         reinterpret_cast<const Vector16*>(p.packed) + int64_t{1} * number * p.layout.layer;
     if (number == 0) {
-      if (p.pool_max) reset_pool<Class>(p, warp);
+      if (p.pool_max) reset_pool(pool_of(p, warp, Class::kModel), Class::kModel);
       for (int strip = warp; strip < strips; strip += p.warps) {
-        load_strip<Class>(p, s, strip, x);
+        load_strip(p, s, strip, 0, x);
         if constexpr (Class::kExact) break;
         store_rest_strip(here, strip, x);
       }
@@ -418,7 +418,7 @@ __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t 
       if constexpr (!Class::kExact) load_rest_strip(here, strip, x);
       run_strip(here, layer, last, x, tiles, AttendOfCandidate{r, s, with_user, strip, warp});
       if (last) {
-        store_strip<Class>(p, s, strip, warp, tiles);
+        store_strip(p, s, strip, 0, pool_of(p, warp, Class::kModel), tiles);
       } else if constexpr (!Class::kExact) {
         store_rest_strip(here, strip, x);
       }
@@ -427,7 +427,7 @@ __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t 
     sync_threads();
     step = !with_user ? step + 1 : all_fit(r) ? 1 : 0;
   }
-  finish_sequence<Class>(p, s);
+  finish_sequence(p, s, p.warps, Class::kModel);
 }
 
 template <class Class>

@@ -6,6 +6,7 @@
 #include "cuda/encoder_kernels.cuh"
 #include "cuda/request_scoring.cuh"
 #include "cuda/resilient_batch_norm.cuh"
+#include "cuda/split_kernels.cuh"
 #include "host_emulation/launch.h"
 #include "seqkernels/cuda_encoder.h"
 #include "seqkernels/cuda_resilient_batch_norm.h"
@@ -45,6 +46,10 @@ EncoderDevice encoder_device(int, std::string*) {
 std::string launch_encoder(const EncoderShape& shape, const EncoderPlan& plan,
                            const EncoderCall& call, const void* packed, void* workspace, void*) {
   if (!plan.reasons.empty()) return "encoder: cuda: " + plan.reasons[0];
+  if (plan.instance < 0) {
+    return launch_split_encoder(plan.split, split_launches(shape, plan, call, packed, workspace),
+                                nullptr);
+  }
   return host_emulation::run(encoder_kernel_of(plan.instance), plan.grid, plan.threads,
                              plan.shared_bytes,
                              encoder_params(shape, plan, call, packed, workspace));
@@ -61,6 +66,16 @@ std::string launch_request_scoring(const EncoderShape& shape, const RequestPlan&
                                                   plan.candidates.threads, plan.shared_bytes,
                                                   params);
                      });
+}
+
+std::string launch_split_encoder(const SplitPlan& plan, const std::vector<SplitLaunch>& launches,
+                                 void*) {
+  for (const SplitLaunch& l : launches) {
+    const std::string error = host_emulation::run(split_kernel_of(plan, l.step), l.grid, l.threads,
+                                                  l.shared_bytes, l.params);
+    if (!error.empty()) return error;
+  }
+  return "";
 }
 
 std::string launch_resilient_batch_norm(const ResilientBatchNormCall& call, void*) {

@@ -81,7 +81,10 @@ class CudaBackend:
         return torch.cuda.device(tensor.device)
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``: one launch, or two where a request shares its users' parts."""
+        """Write ``call.out``: by one launch; by two where a request shares its users' parts.
+
+        Beyond d_model 128 by one, and two a layer.
+        """
         packed = call.weight_set.derived(
             ("cuda", call.options, call.out.device), self._pack, call
         )  # [bytes] uint8, on the device
