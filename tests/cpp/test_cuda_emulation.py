@@ -11,8 +11,11 @@ import pytest
 from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, build, run
 
 PROGRAMS = (
-    *("cuda_primitives_test", "cuda_resilient_batch_norm_test"),
-    *("cuda_encoder_test", "cuda_request_scoring_test"),
+    "cuda_primitives_test",
+    "cuda_resilient_batch_norm_test",
+    "cuda_encoder_test",
+    "cuda_split_encoder_test",
+    "cuda_request_scoring_test",
 )
 
 
