@@ -52,12 +52,17 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x >> 5), 0);
 }
 
-// ---- memory; T has 4, 8 or 16 bytes, in global memory also 2, and is aligned to its size ----
+// ---- memory; T has 4, 8 or 16 bytes, in global memory also 1 or 2, and is aligned to its size
+// ----
 
 namespace internal {
 
 template <int kBytes>
 struct Word;
+template <>
+struct Word<1> {
+  using Type = unsigned char;
+};
 template <>
 struct Word<2> {
   using Type = unsigned short;

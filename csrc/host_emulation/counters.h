@@ -29,6 +29,8 @@ struct Counters {
   // Bytes stored more than once.
   int64_t global_restored_bytes = 0;
 
+  int64_t mistakes = 0;  // that the emulation was told to make, and did
+
   int64_t shared_conflicts() const { return shared_wavefronts - shared_wavefronts_ideal; }
   bool operator==(const Counters&) const = default;
 };

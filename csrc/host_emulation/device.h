@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "host_emulation/machine.h"
 
@@ -18,6 +19,7 @@
 namespace seqkernels::cuda {
 
 using host_emulation::Machine;
+using host_emulation::Mistake;
 using host_emulation::Site;
 
 // ---- indices ----
@@ -46,19 +48,19 @@ inline unsigned char* shared_memory() {
 
 template <class T>
 inline T load_global(const T* p, Site site = Site::current()) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  static_assert(sizeof(T) <= 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   Machine::current().load_global("load_global", p, sizeof(T), false, site);
   return *p;
 }
 template <class T>
 inline T load_global_coherent(const T* p, Site site = Site::current()) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  static_assert(sizeof(T) <= 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   Machine::current().load_global("load_global_coherent", p, sizeof(T), true, site);
   return *p;
 }
 template <class T>
 inline void store_global(T* p, T value, Site site = Site::current()) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  static_assert(sizeof(T) <= 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   Machine::current().store_global(p, sizeof(T), site);
   *p = value;
 }
@@ -70,17 +72,20 @@ inline void store_global_whole(T* p, T value, Site site = Site::current()) {
 template <class T>
 inline T load_shared(const T* p, Site site = Site::current()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  p = Machine::current().place_of(p);
   Machine::current().access_shared(false, "load_shared", p, sizeof(T), site);
   return *p;
 }
 template <class T>
 inline void store_shared(T* p, T value, Site site = Site::current()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  p = Machine::current().place_of(p);
   Machine::current().access_shared(true, "store_shared", p, sizeof(T), site);
   *p = value;
 }
 
 inline void copy_async_16(void* shared, const void* global, Site site = Site::current()) {
+  shared = Machine::current().place_of(static_cast<Vector16*>(shared));
   Machine::current().copy_async(shared, global, site);
 }
 inline void copy_async_commit() {
@@ -88,15 +93,18 @@ inline void copy_async_commit() {
 }
 template <int kPending>
 inline void copy_async_wait() {
+  if (Machine::current().errs(Mistake::Kind::kNoWait)) return;
   Machine::current().wait_for_copies(kPending);
 }
 
 // ---- warps ----
 
 inline void sync_threads(Site site = Site::current()) {
+  if (Machine::current().errs(Mistake::Kind::kNoBarrier)) return;
   Machine::current().wait_for_block(site);
 }
 inline void sync_warp(Site site = Site::current()) {
+  if (Machine::current().errs(Mistake::Kind::kNoWarpBarrier)) return;
   static constexpr host_emulation::Collective kCollective{
       "sync_warp", [](void* const(&)[32]) {
         Machine::current().order_warp();
@@ -169,6 +177,9 @@ inline void ldmatrix(uint32_t* r, const void* shared_row, const Site& site) {
         host_emulation::ldmatrix_warp<kMatrices, kTransposed>(lanes);
         ++m.counters.ldmatrix;
       }};
+  // Lanes that name no row have none to move.
+  if (lane_index() < 8 * kMatrices)
+    shared_row = Machine::current().place_of(static_cast<const Vector16*>(shared_row));
   host_emulation::LdmatrixOperands operands{r, shared_row};
   Machine::current().wait_for_warp(kCollective, &operands, site);
 }
@@ -219,6 +230,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
         host_emulation::mma_warp<16>(lanes);
         ++Machine::current().counters.mma_m16n8k16;
       }};
+  if (Machine::current().errs(Mistake::Kind::kSwappedFragment)) std::swap(b0, b1);
   host_emulation::MmaOperands operands{d, a, b0, b1};
   Machine::current().wait_for_warp(kCollective, &operands, site);
 }

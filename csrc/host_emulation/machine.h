@@ -11,6 +11,7 @@
 #include <exception>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,12 +25,29 @@
 
 namespace seqkernels::host_emulation {
 
+// A mistake that the emulation makes in a kernel that has none, so that tests can see whether it is
+// noticed: in every thread of every block at the same of its operations of a kind.
+struct Mistake {
+  enum class Kind {
+    kNone,
+    kNoBarrier,        // sync_threads does nothing
+    kNoWarpBarrier,    // sync_warp does nothing
+    kNoWait,           // copy_async_wait does nothing
+    kShiftedIndex,     // an access of shared memory (ldmatrix, too) is one element further
+    kSwappedFragment,  // b0 and b1 of mma_m16n8k16 change places
+    kBrokenSwizzle,    // 16-byte pieces of shared memory lie elsewhere; always, not once
+  };
+  Kind kind = Kind::kNone;
+  int64_t at = 0;
+};
+
 struct Schedule {
   enum class Order { kForward, kReverse, kRandom };  // of blocks, warps and lanes
   Order order = Order::kForward;
   uint64_t seed = 0;
   // Whether a kernel may read shared memory that it never wrote; it gets NaN.
   bool unwritten_reads = false;
+  Mistake mistake = {};
 };
 
 // What all lanes of a warp do together. `run` gets each lane's operands.
@@ -71,6 +89,8 @@ struct Lane {
   };
   std::vector<Copy> copies;  // not landed yet
   int group = 0;             // the one that is open
+
+  int64_t operations = 0;  // of the kind of the mistake
 };
 
 class Machine {
@@ -109,6 +129,27 @@ class Machine {
   int threads() const { return static_cast<int>(lanes_.size()); }
   int thread() const { return lane_->thread; }
   unsigned char* shared_data() { return shared_.data(); }
+
+  // Whether the thread's next operation of this kind is the mistaken one.
+  bool errs(Mistake::Kind kind) {
+    if (schedule_.mistake.kind != kind || lane_->operations++ != schedule_.mistake.at) return false;
+    ++counters.mistakes;
+    return true;
+  }
+  // Where an element of shared memory lies. The broken swizzle turns the eight 16-byte pieces of a
+  // 128-byte line and the eight lines of a kilobyte into one another.
+  template <class T>
+  T* place_of(T* p) {
+    if (errs(Mistake::Kind::kShiftedIndex)) return p + 1;
+    if (schedule_.mistake.kind != Mistake::Kind::kBrokenSwizzle) return p;
+    using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+    const auto at = reinterpret_cast<Byte*>(p) - shared_.data();
+    if (at < 0 || (at | 1023) >= static_cast<std::ptrdiff_t>(shared_.bytes())) return p;
+    const auto piece = at >> 4 & 7, line = at >> 7 & 7;
+    ++counters.mistakes;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) +
+                                16 * ((line - piece) + 8 * (piece - line)));
+  }
 
   void wait_for_warp(const Collective& collective, void* operands, const Site& site) {
     wait(&collective, operands, site);
@@ -273,6 +314,7 @@ class Machine {
       lane.accesses.clear();
       lane.copies.clear();
       lane.group = 0;
+      lane.operations = 0;
     }
     try {
       while (true) {

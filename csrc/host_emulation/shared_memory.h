@@ -62,6 +62,7 @@ class SharedMemory {
   SharedMemory& operator=(const SharedMemory&) = delete;
 
   unsigned char* data() { return memory_; }
+  size_t bytes() const { return bytes_; }
 
   // `epoch` is the first of the block.
   void start_block(uint32_t epoch) {

@@ -467,6 +467,7 @@ void check_traffic(Verdicts& verdicts) {
       return launch(kernel, grid, block, 0, schedule,
                     static_cast<const unsigned char*>(from) + shift, to + shift, scale, times);
     };
+    expect("1 byte", run(touch_global<uint8_t>, 1, 1, 32, 1, 0), 32, 1, 32, 0);
     expect("2 bytes", run(touch_global<uint16_t>, 2, 1, 32, 1, 0), 64, 2, 64, 0);
     expect("4 bytes", run(touch_global<float>, 4, 1, 32, 1, 0), 128, 4, 128, 0);
     expect("4 bytes, shifted", run(touch_global<float>, 4, 1, 32, 1, 16), 128, 5, 160, 0);
@@ -711,6 +712,38 @@ void check_plants(Verdicts& v) {
   }
 }
 
+// Mistakes that the emulation makes in the product that has none, each at every place there is.
+void check_mistakes(Verdicts& v) {
+  using host_emulation::Mistake;
+  using Kind = Mistake::Kind;
+  const std::pair<Kind, int64_t> kinds[] = {// how many places a thread has
+                                            {Kind::kNoBarrier, 2},
+                                            {Kind::kNoWait, 1},
+                                            {Kind::kShiftedIndex, 15},
+                                            {Kind::kNoWarpBarrier, 0},
+                                            {Kind::kSwappedFragment, 2}};
+  for (const auto& [kind, places] : kinds) {
+    for (const auto& [name, schedule] : schedules()) {
+      int64_t at = 0;
+      for (;; ++at) {
+        Schedule mistaken = schedule;
+        mistaken.mistake = {kind, at};
+        const Outcome o = run_product<Plant::kNone>(mistaken);
+        if (o.error.empty() && o.counters.mistakes == 0) break;
+        v.check(!o.error.empty() || !o.right, "mistake " + std::to_string(static_cast<int>(kind)) +
+                                                  " " + std::to_string(at) + ", " + name);
+      }
+      v.check(at == places, "mistake " + std::to_string(static_cast<int>(kind)) + ", " + name +
+                                ": " + std::to_string(at) + " places");
+    }
+  }
+  Schedule scattered;
+  scattered.mistake = {Kind::kBrokenSwizzle, 0};
+  const Outcome o = run_product<Plant::kNone>(scattered);
+  v.check(o.error.empty() && o.right && o.counters.shared_conflicts() > 0,
+          "mistake: a broken swizzle: " + o.error);
+}
+
 // Little kernels whose faults the product above has no room for.
 __global__ void overwrite_early() {  // the second round's writes overtake the first round's reads
   float* const shared = reinterpret_cast<float*>(shared_memory());
@@ -814,6 +847,12 @@ void check_small_faults(Verdicts& v) {
     expect("a shuffle for a warp barrier", {Fault::kRace},
            [&] { launch(lanes_without_order, 1, 32, 128, s); });
     expect("warp barriers", {}, [&] { launch(lanes_in_order, 1, 64, 256, s); });
+    for (int64_t at = 0; at < 3; ++at) {
+      Schedule mistaken = s;
+      mistaken.mistake = {host_emulation::Mistake::Kind::kNoWarpBarrier, at};
+      expect("warp barrier " + std::to_string(at) + " left out", {Fault::kRace, Fault::kUnwritten},
+             [&] { launch(lanes_in_order, 1, 64, 256, mistaken); });
+    }
     expect("copied over while read", {Fault::kRace, Fault::kInFlight},
            [&] { launch(copy_while_read, 1, 64, 128, s, static_cast<const uint32_t*>(words)); });
     expect("read between a copy and its wait", {Fault::kInFlight}, [&] {
@@ -930,6 +969,7 @@ const Group kGroups[] = {
     {"traffic", check_traffic},
     {"unbroken", check_unbroken},
     {"plants", check_plants},
+    {"mistakes", check_mistakes},
     {"small faults", check_small_faults},
     {"registers", check_registers},
 };
