@@ -43,7 +43,7 @@ __device__ __forceinline__ bool is_valid(const EncoderParams& p, int64_t user, i
     if (position == (p.latest_last ? p.length : 0)) return true;
     if (!p.latest_last) --l;
   }
-  if (p.mask) return p.mask[user * p.mask_stride_b + l * p.mask_stride_l] == 0;
+  if (p.mask) return load_global(p.mask + user * p.mask_stride_b + l * p.mask_stride_l) == 0;
   return !p.lengths || l < load_global(p.lengths + user);
 }
 

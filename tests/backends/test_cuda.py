@@ -85,6 +85,17 @@ def test_hard(name: str) -> None:
     assert_close_to_oracle(results, golden, low_precision, label=name)
 
 
+@pytest.mark.parametrize("mask_form", ["bool", "float", "lengths"])
+@pytest.mark.parametrize("latest_k", [None, 8])
+def test_no_sequences(latest_k: int | None, mask_form: str) -> None:
+    """No launch, and a result of the right shape."""
+    pool = "none" if latest_k is None else "max"
+    problem = EncoderCase(
+        batch=0, latest_k=latest_k, pool=pool, mask="right", mask_form=mask_form
+    ).problem()
+    assert run(problem).shape == problem.golden().shape
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=str)
 def test_schedules_give_the_same_bits(schedule: tuple[str, int]) -> None:
     case = dataclasses.replace(TRANSACT, batch=2, length=50)

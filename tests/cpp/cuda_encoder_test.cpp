@@ -28,12 +28,46 @@ const std::vector<Shape> kShapes = {{64, 1, 32},  {20, 2, 7},    {24, 3, 10},  {
                                     {96, 3, 32},  {128, 4, 32},  {64, 4, 32},  {96, 6, 64}};
 const std::vector<int64_t> kLengths = {1, 7, 16, 17, 99, 100, 101, 128, 200};
 
+const Grid kReference{{{96, 2, 32}}, kLengths, false}, kGeneral{kShapes, kLengths};
+
 void reference_shape(Session& session) {
-  for (const Case& c : cover_pairs({{{96, 2, 32}}, kLengths, false})) check_problem(session, c);
+  for (const Case& c : cover_pairs(kReference)) check_problem(session, c);
 }
 
 void shapes(Session& session) {
-  for (const Case& c : cover_pairs({kShapes, kLengths})) check_problem(session, c);
+  for (const Case& c : cover_pairs(kGeneral)) check_problem(session, c);
+}
+
+// Every length with every mask and batch size, the other options drawn; several schedules.
+void lengths_and_masks(Session& session) {
+  std::mt19937_64 random(2);
+  for (const int64_t length : {1, 7, 16, 99, 100, 101, 128, 200, 300}) {
+    for (int mask = 0; mask < 6; ++mask) {
+      for (const bool reference_shape : {true, false}) {
+        Case c = draw(random, reference_shape ? kReference : kGeneral);
+        c.length = length;
+        c.mask = static_cast<Mask>(mask);
+        c.layers = 1;
+        c.batch = 3;
+        c.seed = random() % 1000;
+        if (c.latest_k > 8) c.latest_k = c.tokens() + 3;
+        // Half of the pairs each way, and a mask with both.
+        if ((length + mask) % 2 == (reference_shape ? 0 : 1)) c.batch = 1;
+        check_problem(session, c);
+        if (c.batch > 1) continue;
+        const Problem p(c);
+        session.guard(c, [&](const std::string& what) {
+          Setting setting;
+          const std::vector<float> y = forward(p, setting).y;
+          for (uint64_t seed = 1; seed <= 2; ++seed) {
+            setting.schedule = {Schedule::Order::kRandom, seed};
+            session.verdicts.same_bits(y, forward(p, setting).y,
+                                       what + ": schedule of seed " + std::to_string(seed));
+          }
+        });
+      }
+    }
+  }
 }
 
 // ---- order, company, memory ----
@@ -311,6 +345,28 @@ void cost(Session& session) {
         static_cast<long long>(n.dram_load_bytes + n.dram_store_bytes),
         static_cast<long long>(static_cast<int64_t>(read) + rows));
   });
+  // Masks and lengths are traffic, too; padded rows are none.
+  std::vector<int64_t> read_with;
+  for (const Mask mask : {Mask::kLengths, Mask::kPrefix, Mask::kHoles}) {
+    Case masked = c;
+    masked.mask = mask;
+    const Problem q(masked);
+    session.guard(masked, [&](const std::string& what) {
+      const Result r = forward(q);
+      const int64_t row = c.d_model * 2, rows = c.batch * c.length;
+      const int64_t valid = std::count(q.valid.begin(), q.valid.end(), uint8_t{1});
+      const int64_t told = mask == Mask::kLengths ? 8 * c.batch : rows;
+      const int64_t packed = static_cast<int64_t>(cuda::encoder_packed_bytes(q.shape()));
+      const Counters& n = r.counters;
+      read_with.push_back(n.dram_load_bytes);
+      session.verdicts.check(valid < rows && 10 * (n.dram_load_bytes + n.dram_store_bytes) <=
+                                                 11 * (valid * row + told + packed + rows * row),
+                             what + ": traffic of main memory with a mask");
+    });
+  }
+  session.verdicts.check(
+      read_with.size() == 3 && read_with[1] - read_with[0] >= c.batch * c.length - 64,
+      "cost: a mask is no traffic");
   // Padding costs nothing: neither products nor reads.
   Case half = c;
   half.batch = 1;
@@ -349,6 +405,54 @@ void cost(Session& session) {
       session.verdicts.check(instance_of(r) == i, what + ": another kernel than expected");
       session.verdicts.check(r.conflicts() == 0, what + ": bank conflicts");
     });
+  }
+}
+
+// ---- plans ----
+
+// What a block may ask for, by architecture.
+constexpr std::pair<const char*, int64_t> kSharedBytes[] = {
+    {"sm_80", 163 * 1024}, {"sm_86", 99 * 1024},   {"sm_89", 99 * 1024},
+    {"sm_90", 227 * 1024}, {"sm_100", 227 * 1024}, {"sm_120", 99 * 1024}};
+
+// Every plan stays within the chip: of every kernel at every kind of length, up to the longest.
+void plans(Session& session) {
+  const Problem p(reference_case());
+  const PreparedCall made = prepare(p);
+  for (const auto& [arch, shared] : kSharedBytes) {
+    const EncoderDevice device{shared, 100};
+    const EncoderPlan reference = cuda::plan_encoder(p.shape(), made.call, device);
+    session.verdicts.check(reference.reasons.empty() && reference.shared_bytes == 43472 &&
+                               cuda::encoder_instances()[0].exact() && reference.instance == 0,
+                           std::string("plans: the reference problem on ") + arch);
+    for (const EncoderInstance& i : cuda::encoder_instances()) {
+      EncoderShape shape = p.shape();
+      shape.d_model = i.model_rows;
+      shape.nhead = i.model_rows / i.head_rows;
+      shape.norm_first = !i.exact();
+      int64_t largest = 0, longest = 0;
+      for (int64_t length = 1; length < 100000; length += 1 + length / 16) {
+        for (const bool pool : {false, true}) {
+          EncoderCall call = made.call;
+          call.batch = 1000;
+          call.length = length;
+          call.latest_k = pool ? 8 : -1;
+          call.pool_max = pool;
+          const EncoderPlan plan = cuda::plan_encoder(shape, call, device);
+          if (!plan.reasons.empty()) continue;
+          largest = std::max(largest, plan.shared_bytes);
+          longest = length;
+          session.verdicts.check(plan.shared_bytes <= shared && plan.threads <= 1024 &&
+                                     plan.threads % 32 == 0 && plan.grid >= 1,
+                                 "plans: d_model " + std::to_string(i.model_rows) + ", length " +
+                                     std::to_string(length) + " on " + arch);
+        }
+      }
+      session.verdicts.check(largest > shared * 8 / 10 && longest > 20000,
+                             "plans: d_model " + std::to_string(i.model_rows) + " on " + arch +
+                                 " takes at most " + std::to_string(largest) + " bytes, " +
+                                 std::to_string(longest) + " tokens");
+    }
   }
 }
 
@@ -424,6 +528,89 @@ void defects(Session& session) {
   caught("keys past the end", [](EncoderParams& q) { q.values += 42 * 32; });
 }
 
+// Kernels of both kinds, in cases where every barrier has a reason to be there: two layers, a mask,
+// a pool, and on a device of one multiprocessor, through the workspace, more sequences than blocks.
+std::vector<std::pair<Case, EncoderDevice>> with_every_barrier() {
+  Case exact = reference_case();
+  exact.length = 40;
+  exact.mask = Mask::kHoles;
+  exact.latest_k = 8;
+  exact.pool = true;
+  Case general = exact;
+  general.norm_first = true;
+  general.length = 150;
+  Case workspace = general;
+  workspace.batch = 3;
+  return {{exact, kH100}, {general, kH100}, {workspace, {24 * 1024, 1}}};
+}
+
+// How a kernel with a mistake came out: noticed by the emulation, by the bound on the error or by
+// bank conflicts; or so that nobody could.
+enum class Outcome { kNotMade, kEqual, kNoticed, kUnnoticed };
+
+Outcome run_mistaken(const Problem& p, const Golden& golden, const Result& right,
+                     const Setting& setting) {
+  try {
+    const Result r = forward(p, setting);
+    if (r.counters.mistakes == 0) return Outcome::kNotMade;
+    if (r.counters.shared_conflicts() > 0) return Outcome::kNoticed;
+    if (std::memcmp(r.y.data(), right.y.data(), r.y.size() * sizeof(float)) == 0)
+      return Outcome::kEqual;
+    Verdicts verdicts;
+    verdicts.quiet();
+    verdicts.within_bound(r.y, golden, "");
+    return verdicts.failures() > 0 ? Outcome::kNoticed : Outcome::kUnnoticed;
+  } catch (const host_emulation::EmulationError&) {
+    return Outcome::kNoticed;
+  }
+}
+
+// Each barrier of a kernel is needed; a shifted access, a swapped fragment and a broken swizzle are
+// noticed wherever they are.
+void mistakes(Session& session) {
+  using Kind = host_emulation::Mistake::Kind;
+  struct Plan {
+    const char* name;
+    Kind kind;
+    int64_t step, end;  // which of a thread's operations
+    int least;          // of them are noticed
+  };
+  constexpr Plan kPlans[] = {
+      {"barrier removed", Kind::kNoBarrier, 1, INT64_MAX, 5},
+      {"index shifted", Kind::kShiftedIndex, 11, INT64_MAX, 5},
+      // One product of one strip: later ones show less and less.
+      {"fragment swapped", Kind::kSwappedFragment, 37, 1000, 15},
+      {"swizzle broken", Kind::kBrokenSwizzle, 1, 1, 1},
+  };
+  for (const auto& [c, device] : with_every_barrier()) {
+    const Problem p(c);
+    const Golden golden(p);
+    session.guard(c, [&, where = device](const std::string& what) {
+      Setting setting;
+      setting.device = where;
+      const Result right = forward(p, setting);
+      session.verdicts.within_bound(right.y, golden, what);
+      for (const Plan& plan : kPlans) {
+        int noticed = 0, equal = 0;
+        for (int64_t at = 0; at < plan.end; at += plan.step) {
+          setting.schedule.mistake = {plan.kind, at};
+          const Outcome outcome = run_mistaken(p, golden, right, setting);
+          if (outcome == Outcome::kNotMade) break;
+          session.verdicts.check(
+              outcome != Outcome::kUnnoticed,
+              what + ": nobody noticed: " + plan.name + " " + std::to_string(at));
+          ++(outcome == Outcome::kEqual ? equal : noticed);
+        }
+        // What changes no bit is none: b0 and b1 of a product with ones, or zeros read for zeros.
+        const bool all = plan.kind == Kind::kNoBarrier;
+        session.verdicts.check(noticed >= plan.least && (all ? equal == 0 : noticed >= 3 * equal),
+                               what + ": " + plan.name + ": " + std::to_string(noticed) +
+                                   " noticed, " + std::to_string(equal) + " without effect");
+      }
+    });
+  }
+}
+
 }  // namespace
 }  // namespace seqkernels::test
 
@@ -433,6 +620,7 @@ int main(int argc, char** argv) {
                     {
                         {"reference_shape", &reference_shape},
                         {"shapes", &shapes},
+                        {"lengths_and_masks", &lengths_and_masks},
                         {"schedules", &schedules},
                         {"company", &company},
                         {"users", &users},
@@ -440,7 +628,9 @@ int main(int argc, char** argv) {
                         {"softmax", &softmax},
                         {"magnitudes", &magnitudes},
                         {"cost", &cost},
+                        {"plans", &plans},
                         {"refusals", &refusals},
                         {"defects", &defects},
+                        {"mistakes", &mistakes},
                     });
 }
