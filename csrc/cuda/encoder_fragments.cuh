@@ -214,6 +214,7 @@ __device__ __forceinline__ void layer_norm(const EncoderParams& p,
   float scale[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) scale[r] = rsqrt_approx(sum_of_row(square[r]) * p.inverse_d + eps);
+  scheduling_fence();  // or addresses of the loads below spill
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const Vector16 w = load_global(weight + i * 4 + t);
