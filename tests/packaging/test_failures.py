@@ -106,6 +106,32 @@ def test_cuda_is_found_or_its_absence_told(
         setup_module_.cuda_architectures("/somewhere/nvcc")
 
 
+def test_nvcc_is_looked_for_in_three_places(
+    setup_module_: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On PATH, else in CUDA_HOME, else among NVIDIA's packages, of which the newest."""
+
+    def nvcc_in(*parts: str) -> str:
+        path = tmp_path.joinpath(*parts, "nvcc")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        path.chmod(0o755)
+        return str(path)
+
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(setup_module_.sysconfig, "get_path", lambda _: str(tmp_path / "site"))
+    assert setup_module_.find_nvcc() is None
+    for place in (
+        ("site", "nvidia", "cu12", "bin"),
+        ("site", "nvidia", "cu13", "bin"),
+        ("home", "bin"),
+        ("path",),
+    ):
+        expected = nvcc_in(*place)
+        assert setup_module_.find_nvcc() == expected
+
+
 @pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
 def test_environment_without_torch(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
