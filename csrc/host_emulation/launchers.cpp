@@ -28,6 +28,9 @@ std::string run(Kernel kernel, int grid, int threads, int64_t shared_bytes, cons
     s.counters =
         launch(kernel, grid, threads, static_cast<size_t>(shared_bytes), s.schedule, args...);
     ++s.launches;
+    s.grid = grid;
+    s.threads = threads;
+    s.shared_bytes = shared_bytes;
   } catch (const EmulationError& error) {
     return error.what();
   }

@@ -10,8 +10,12 @@ namespace seqkernels::host_emulation {
 struct LaunchSettings {
   Schedule schedule;
   cuda::EncoderDevice device{227 * 1024, 4};  // an H100's shared memory, few multiprocessors
-  Counters counters;                          // of the last launch
   int64_t launches = 0;
+
+  // Of the last launch.
+  Counters counters;
+  int grid = 0, threads = 0;
+  int64_t shared_bytes = 0;
 };
 
 LaunchSettings& launch_settings();

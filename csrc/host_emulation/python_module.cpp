@@ -28,4 +28,31 @@ PYBIND11_MODULE(_cuda_emulation, m) {
       },
       py::arg("shared_bytes"), py::arg("multiprocessors"), "What the launchers take it to be.");
   m.def("launches", [] { return launch_settings().launches; }, "Launches without a fault.");
+  m.def(
+      "last_launch",
+      [] {
+        const host_emulation::LaunchSettings& s = launch_settings();
+        const host_emulation::Counters& n = s.counters;
+        return std::map<std::string, int64_t>{
+            {"grid", s.grid},
+            {"threads", s.threads},
+            {"shared_bytes", s.shared_bytes},
+            {"mma_m16n8k16", n.mma_m16n8k16},
+            {"mma_m16n8k8", n.mma_m16n8k8},
+            {"ldmatrix", n.ldmatrix},
+            {"barriers", n.barriers},
+            {"exp2", n.exp2},
+            {"rsqrt", n.rsqrt},
+            {"reciprocals", n.reciprocals},
+            {"shared_loads", n.shared_loads},
+            {"shared_stores", n.shared_stores},
+            {"shared_wavefronts", n.shared_wavefronts},
+            {"shared_conflicts", n.shared_conflicts()},
+            {"global_load_sectors", n.global_load_sectors},
+            {"global_store_sectors", n.global_store_sectors},
+            {"dram_load_bytes", n.dram_load_bytes},
+            {"dram_store_bytes", n.dram_store_bytes},
+        };
+      },
+      "Sizes and counters of the last launch.");
 }

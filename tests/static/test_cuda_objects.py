@@ -1,124 +1,175 @@
-"""What ptxas made of the CUDA kernels for each architecture: registers, memory, instructions."""
+"""Gates on what ptxas made of the CUDA kernels; the design documents say the same."""
 
 from __future__ import annotations
 
-import functools
-import re
-import sysconfig
-from collections import Counter
+import json
+import shlex
+import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from seqkernels.backends import cpu
 from seqkernels.backends.cuda import not_built_reason
-from tests.static.native_build import native_objects, run_tool
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SOURCES = ("encoder", "request_scoring", "split_encoder", "resilient_batch_norm")
-TRANSACT = "EncoderClassILi96ELi48ELi2E"  # the instance of the reference problem, as mangled
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(cpu.native(), "cuda"),
-    reason="" if hasattr(cpu.native(), "cuda") else not_built_reason(),
+from tests.static import cuda_document as document
+from tests.static.cuda_objects import (
+    ARCHITECTURES,
+    REFERENCE,
+    REFERENCE_CLASS,
+    REFERENCE_WARPS,
+    cuda_objects,
+    executed,
+    nvcc_release,
+    opcodes,
+    usage,
 )
+from tests.static.native_build import BUILD_DIR, native_objects
+from tests.static.project import ROOT
+from tests.static.sass import count, share_of_moves
+
+BUILT = hasattr(cpu.native(), "cuda")
+OBJECTS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+ELEMENTWISE = {"resilient_batch_norm_kernel", "split_tokens_kernel"}  # no products
+
+pytestmark = pytest.mark.skipif(not BUILT, reason="" if BUILT else not_built_reason())
+each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
+each_object = pytest.mark.parametrize("name", OBJECTS)
 
 
-class Usage(NamedTuple):
-    registers: int
-    stack: int
-    local: int
-    shared: int
+def test_every_source_is_compiled() -> None:
+    assert sorted(cuda_objects()) == OBJECTS
 
 
-def cuobjdump(*arguments: str | Path) -> str:
-    """Of NVIDIA's package, which brings nvdisasm along."""
-    folders = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
-    assert folders, "cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    return run_tool("env", f"PATH={folders[-1]}:/usr/bin:/bin", "cuobjdump", *arguments)
-
-
-@functools.cache
-def usage(op: str) -> dict[str, dict[str, Usage]]:
-    """Architecture -> kernel -> what it takes."""
-    text = cuobjdump("--dump-resource-usage", native_objects()[f"cuda/{op}.cu"])
-    found: dict[str, dict[str, Usage]] = {}
-    for section in text.split("Fatbin elf code:")[1:]:
-        arch = re.search(r"arch = (sm_\w+)", section)
-        assert arch is not None
-        kernels = re.findall(
-            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", section
-        )
-        found[arch[1]] = {
-            name: Usage(int(reg), int(stack), int(local), int(shared))
-            for name, reg, stack, shared, local in kernels
-        }
-    return found
-
-
-@functools.cache
-def instructions(op: str, arch: str) -> dict[str, Counter[str]]:
-    """Kernel -> how often each instruction, without what follows its first dot, stands in it."""
-    text = cuobjdump("-sass", "-arch", arch, native_objects()[f"cuda/{op}.cu"])
-    found = {}
-    for section in text.split("Function : ")[1:]:
-        name = section.split(maxsplit=1)[0]
-        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", section)
-        found[name] = Counter(opcodes)
-    return found
-
-
-@pytest.mark.parametrize("op", SOURCES)
-def test_every_architecture_has_every_kernel(op: str) -> None:
-    found = usage(op)
+@each_object
+def test_every_architecture_has_every_kernel(name: str) -> None:
+    found = usage(name)
     assert set(ARCHITECTURES) <= set(found)
     assert len({frozenset(kernels) for kernels in found.values()}) == 1
     assert all(found.values())
 
 
-@pytest.mark.parametrize("op", SOURCES)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_nothing_is_spilled(arch: str, op: str) -> None:
-    for name, used in usage(op)[arch].items():
-        assert (used.stack, used.local) == (0, 0), name
-        assert used.registers <= 255, name
-    for name, counts in instructions(op, arch).items():
-        assert not counts["LDL"] + counts["STL"], name
+@each_object
+@each_architecture
+def test_nothing_is_spilled(arch: str, name: str) -> None:
+    for kernel, used in usage(name)[arch].items():
+        assert (used.stack, used.local) == (0, 0), kernel
+    for kernel, code in opcodes(name, arch).items():
+        assert not count(code, "LDL") + count(code, "STL"), kernel
 
 
-@pytest.mark.parametrize("op", ["encoder", "request_scoring", "split_encoder"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_encoders_multiply_on_tensor_cores(arch: str, op: str) -> None:
-    kernels = instructions(op, arch)
-    assert kernels
-    for name, counts in kernels.items():
-        assert counts["HMMA"] or "split_tokens_kernel" in name, name
-        # Moves between registers say that fragments are not where the products want them.
-        assert counts["MOV"] <= 0.15 * counts.total(), name
+@each_object
+@each_architecture
+def test_warps_stay_together(arch: str, name: str) -> None:
+    """Operations of a warp have no second version for lanes that went different ways.
+
+    But for one, in two small kernels: a warp's agreement on whether a summary reads a strip.
+    """
+    for kernel, code in opcodes(name, arch).items():
+        assert count(code, "BRA.DIV") <= (0 if kernel == REFERENCE else 1), kernel
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_reference_problem_has_its_own_kernel(arch: str) -> None:
-    (used,) = [u for name, u in usage("encoder")[arch].items() if TRANSACT in name]
-    assert used.registers <= 128
-    of_requests = [u for name, u in usage("request_scoring")[arch].items() if TRANSACT in name]
-    assert len(of_requests) == 2  # of a user, of a candidate
-    assert all(u.registers <= 128 for u in of_requests)  # two blocks of 7 warps fit
+@each_object
+@each_architecture
+def test_products_run_on_tensor_cores(arch: str, name: str) -> None:
+    for kernel, code in opcodes(name, arch).items():
+        assert (count(code, "HMMA") == 0) == (kernel.partition("<")[0] in ELEMENTWISE), kernel
+        # Moves between registers say that values are not where they are wanted.
+        assert share_of_moves(code) <= 0.15, kernel
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_narrow_heads_leave_room_for_two_blocks(arch: str) -> None:
-    """Attention of the split form, 256 threads a block: the docs count on it."""
-    kernels = usage("split_encoder")[arch]
-    for rows in (16, 32, 48, 64):
-        (used,) = [u for name, u in kernels.items() if f"SplitAttentionClassILi{rows}E" in name]
-        assert used.registers <= 128, rows
+@each_architecture
+def test_the_reference_problem_executes_the_products_it_needs(arch: str) -> None:
+    """By the machine code, weighted by trips of its loops; the emulation counts the same."""
+    code = executed(arch)
+    by_warps = [REFERENCE_WARPS * count(code, name) for name in ("HMMA.16816", "HMMA.1688")]
+    assert by_warps == [document.of_a_sequence(f"mma_m16n8k{k}") for k in (16, 8)]
+    work = document.products(*by_warps)
+    assert document.PRODUCTS_NEEDED <= work <= 1.15 * document.PRODUCTS_NEEDED
+    assert share_of_moves(code) <= 0.15
+    assert REFERENCE_WARPS * count(code, "LDSM") == document.of_a_sequence("ldmatrix")
 
 
-def test_instructions_are_read() -> None:
-    """The reader itself: an empty listing would pass the rest."""
-    counts = sum(instructions("resilient_batch_norm", "sm_90").values(), Counter())
-    assert counts["LDG"]
-    assert counts["STG"]
-    assert counts["EXIT"]
+@each_architecture
+def test_two_blocks_fit_a_multiprocessor(arch: str) -> None:
+    """By registers: 7 warps of the reference problem, 8 of attention to narrow heads."""
+    kernels = {k: u for name in OBJECTS for k, u in usage(name)[arch].items()}
+    exact = [u.registers for k, u in kernels.items() if REFERENCE_CLASS in k]
+    assert len(exact) == 3  # an encoder; a request's user and candidate
+    narrow = [kernels[f"split_attention_kernel<SplitAttentionClass<{n}>>"] for n in (16, 32, 48, 64)]
+    assert max(*exact, *(used.registers for used in narrow)) <= 128
+
+
+@each_object
+@each_architecture
+def test_shared_memory_comes_from_the_plan_alone(arch: str, name: str) -> None:
+    """`tests/cpp` holds every plan to the chips' limits: nothing may come on top of it."""
+    for kernel, used in usage(name)[arch].items():
+        assert used.shared <= 1024, kernel  # what the system takes, on newer architectures
+
+
+def test_every_object_has_its_table() -> None:
+    named = {name.partition(" ")[2] for name in document.tables() if name.startswith("resources")}
+    assert named == set(OBJECTS), "`<!-- made: resources NAME -->` in docs/design makes a table"
+
+
+@pytest.mark.parametrize("path", sorted(set(document.tables().values())), ids=lambda p: p.stem)
+def test_tables_are_current(path: Path) -> None:
+    if document.documented_release() != nvcc_release():
+        pytest.skip(
+            f"the tables are of nvcc {document.documented_release()}, the objects of nvcc "
+            f"{nvcc_release()}; `python -m tests.static.cuda_document` writes them anew"
+        )
+    assert path.read_text() == document.made(path.read_text()), (
+        "`python -m tests.static.cuda_document` writes the tables anew"
+    )
+
+
+WARNED = {
+    "an unused variable": (
+        "__global__ void kernel(float* x) { int unused; x[0] = 1.0f; }",
+        "never referenced",
+    ),
+    "spilled registers": (
+        """__global__ void __launch_bounds__(1024, 2) kernel(const float* x, float* y) {
+          float v[96];
+        #pragma unroll
+          for (int i = 0; i < 96; ++i) v[i] = x[1024 * i + threadIdx.x];
+          __syncthreads();
+        #pragma unroll
+          for (int i = 0; i < 96; ++i) y[1024 * i + threadIdx.x] = v[95 - i] * v[7 * i % 96];
+        }""",
+        "Registers are spilled",
+    ),
+    "local memory": (
+        """__global__ void kernel(const int* x, float* y) {
+          float v[64];
+          for (int i = 0; i < 64; ++i) v[x[i] & 63] = y[i];
+          for (int i = 0; i < 64; ++i) y[i] = v[x[64 + i] & 63];
+        }""",
+        "Local memory used",
+    ),
+    "nothing": ("__global__ void kernel(float* x) { x[0] = 1.0f; }", ""),
+}
+
+
+@pytest.mark.parametrize("what", WARNED)
+def test_warnings_are_errors(what: str, tmp_path: Path) -> None:
+    """Of nvcc and of ptxas, with the flags of a development build; for one architecture."""
+    source, message = WARNED[what]
+    (tmp_path / "planted.cu").write_text(source)
+    command = [*compiler_flags(), "-c", str(tmp_path / "planted.cu"), "-o", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == bool(message), done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+
+
+def compiler_flags() -> list[str]:
+    """nvcc and what CMake gives it for the encoder, of the architectures only sm_80."""
+    assert native_objects()
+    entries = json.loads((BUILD_DIR / "compile_commands.json").read_text())
+    (entry,) = [e for e in entries if e["file"].endswith("csrc/cuda/encoder.cu")]
+    words = [w for w in shlex.split(entry["command"]) if not w.startswith("--generate-code")]
+    development = "SEQKERNELS_WERROR:BOOL=ON" in (BUILD_DIR / "CMakeCache.txt").read_text()
+    assert ("--Werror=all-warnings" in words) == development
+    kept = [w for w in words[: words.index("-x")] if w != "--Werror=all-warnings"]
+    return [*kept, "-arch=sm_80", "--Werror=all-warnings"]
