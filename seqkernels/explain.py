@@ -133,6 +133,11 @@ def explain(module: nn.Module, *example_inputs: Any, **example_keywords: Any) ->
 def warmup(model: nn.Module, example_inputs: Any) -> None:
     """Run a model once, so that the first request finds weights packed and threads started.
 
+    The Triton backend compiles, in seconds each, the kernels that these inputs reach. Other batch
+    sizes reach the same ones, and so do other lengths of 1 to 16, 17 to 32, 33 to 64, 65 to 128 or
+    more events like the example's; a mask instead of lengths, another dtype, or request scoring
+    reach others: warm up with an input of each kind that will come.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -233,7 +238,8 @@ def _explain_single(part: Linear | ResilientBatchNorm1d, call: dict[str, Any]) -
     if not isinstance(x, Tensor):
         x = tensor
     device, dtype = ("cpu", torch.float32) if x is None else (x.device.type, x.dtype)
-    label, others = _explain_backend(part.backend, device, dtype)
+    op = "linear" if isinstance(part, Linear) else "resilient_batch_norm"
+    label, others = _explain_backend(op, part.backend, device, dtype)
     reasons = part.fallback_reasons()
     return (DEFINITION, [("kernel", tuple(reasons)), *others]) if reasons else (label, others)
 
@@ -251,7 +257,8 @@ def _explain_encoder(
     else:
         mask = call.get("mask", call.get("src_mask"))
         reasons = encoder.fallback_reasons(x, mask)
-    label, others = _explain_backend(encoder.backend, x.device.type, x.dtype)
+    size = _size(encoder)
+    label, others = _explain_backend("encoder", encoder.backend, x.device.type, x.dtype, size)
     if reasons:
         return DEFINITION, [("fused kernel", tuple(reasons)), *others]
     if parameter.is_inference():
@@ -263,16 +270,35 @@ def _explain_encoder(
     return label, others
 
 
-def _explain_backend(name: str, device: str, dtype: torch.dtype) -> tuple[str, Why]:
+def _size(
+    encoder: UserSequenceEncoder | TransformerEncoder | TransformerEncoderLayer,
+) -> backends.EncoderSize:
+    layers = [m for m in encoder.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    first = layers[0]
+    return backends.EncoderSize(
+        first.self_attn.embed_dim,
+        first.self_attn.num_heads,
+        first.linear1.out_features,
+        len(layers),
+    )
+
+
+def _explain_backend(
+    op: str, name: str, device: str, dtype: torch.dtype, size: backends.EncoderSize | None = None
+) -> tuple[str, Why]:
+    """The backend that runs, and every condition that each other one does not meet."""
     asked = settings.current.backend if name == "auto" else name
     try:
-        choice = backends.resolve("explain", name, device, dtype)
+        choice = backends.resolve(op, name, device, dtype, size)
     except BackendUnavailableError as error:
         return f"an error: backend {asked!r} cannot run", [(asked, error.reasons)]
-    others: Why = list(choice.rejected)
-    if choice.backend.name == "cpu":
-        others += [(f"cpu/{s.name}", s.reasons) for s in cpu.isa_table() if not s.chosen]
-        others.append(("reference", ("a faster backend runs",)))
-    elif not choice.rejected:
-        others.append(("cpu", (f"backend {asked!r} was asked for",)))
+    others: Why = []
+    for backend in backends.BACKENDS:
+        if backend is choice.backend:
+            if backend.name == "cpu":
+                others += [(f"cpu/{s.name}", s.reasons) for s in cpu.isa_table() if not s.chosen]
+            continue
+        reasons = [] if asked == "auto" else [f"backend {asked!r} was asked for"]
+        reasons += backend.not_supported_reasons(op, device, dtype, size)
+        others.append((backend.name, tuple(reasons or ["a faster backend runs"])))
     return choice.label, others

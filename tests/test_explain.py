@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, gpu, triton
+from seqkernels.backends.cuda import CudaBackend
 
 D, HEADS, FF = 16, 2, 8
 native = pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
@@ -44,11 +45,12 @@ def test_it_says_what_runs(cap: str | None, dtype: torch.dtype) -> None:
     others = dict(entry.why_not)
     if dtype == torch.float64:
         assert entry.runs == "reference"
-        assert others == {"cpu": ("dtype torch.float64, it takes float32 and bfloat16",)}
+        assert set(others) == {"cuda", "triton", "cpu"}
+        assert others["cpu"] == ("dtype torch.float64, it takes float32 and bfloat16",)
     else:
         with settings.override(isa=cap):
             table = {f"cpu/{s.name}": s.reasons for s in cpu.isa_table()}
-        assert {*table, "reference"} == {entry.runs, *others}
+        assert {*table, "cuda", "triton", "reference"} == {entry.runs, *others}
         assert all(others[name] == reasons for name, reasons in table.items() if reasons)
         assert others["reference"] == ("a faster backend runs",)
 
@@ -75,7 +77,8 @@ def test_what_keeps_the_kernel_from_running() -> None:
 def test_a_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = only(seqkernels.explain(layer(backend="reference"), X))
     assert asked.runs == "reference"
-    assert asked.why_not == (("cpu", ("backend 'reference' was asked for",)),)
+    assert [name for name, _ in asked.why_not] == ["cuda", "triton", "cpu"]
+    assert all(reasons[0] == "backend 'reference' was asked for" for _, reasons in asked.why_not)
     monkeypatch.setattr(cpu, "_native", None)
     monkeypatch.setattr(cpu, "import_error", "it was not built")
     failing = only(seqkernels.explain(layer(backend="cpu")))
@@ -83,7 +86,44 @@ def test_a_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failing.why_not == (("cpu", ("it was not built",)),)
     fallback = only(seqkernels.explain(layer()))
     assert fallback.runs == "reference"
-    assert fallback.why_not == (("cpu", ("it was not built",)),)
+    assert dict(fallback.why_not)["cpu"] == ("it was not built",)
+
+
+class _Kernels:
+    """Stands in for the native CUDA kernels."""
+
+    def encoder_unsupported_reasons(self, *size: int) -> list[str]:
+        return [f"no kernel for {size}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_unmet_condition_of_every_backend(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that only a GPU kernel minds are told on the CPU too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(CudaBackend, "kernels", lambda self: _Kernels())
+    monkeypatch.setattr(triton.backend, "_is_installed", lambda: False)
+    wide = nn.TransformerEncoderLayer(600, 2, FF, batch_first=True)
+    modules = [
+        (seqkernels.nn.TransformerEncoder(wide, 3), (600, 2, FF, 3)),
+        (seqkernels.nn.UserSequenceEncoder(592, 8, 2, FF, 1), (600, 2, FF, 1)),
+    ]
+    no_gpu = gpu.unmet(takes_amd=True)
+    common = {"tensors on cpu, it takes CUDA tensors", *no_gpu}
+    if dtype == torch.float64:
+        common.add("dtype torch.float64, it takes float32 and bfloat16")
+    for module, size in modules:
+        why_not = dict(only(seqkernels.explain(module.to(dtype).eval())).why_not)
+        assert {*why_not["cuda"]} == {*common, f"no kernel for {size}"}
+        assert {*why_not["triton"]} == {
+            *common, "Triton is not installed; `pip install triton` adds it",
+            "d_model 600, it takes at most 512", "head_dim 300, it takes at most 256",
+        }  # fmt: skip
+    assert len(no_gpu) == 1
+    linear = dict(only(seqkernels.explain(seqkernels.nn.Linear(4, 4).eval())).why_not)
+    assert "there is no CUDA kernel for linear layers; torch's own is as fast" in linear["cuda"]
+    assert "there is no Triton kernel for linear layers; torch's own is as fast" in linear["triton"]
 
 
 class Model(nn.Module):

@@ -7,14 +7,14 @@ and for requests, a workspace from torch's allocator, so that a CUDA graph can c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, gpu
 from seqkernels.backends.call import (
     EncoderCall,
     EncoderOptions,
@@ -27,7 +27,6 @@ from seqkernels.backends.native_arguments import batch_norm_arguments, encoder_a
 from seqkernels.backends.weights import WeightSet
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_LOWEST_CAPABILITY = (8, 0)
 
 
 class CudaBackend:
@@ -46,8 +45,7 @@ class CudaBackend:
             reasons.append(not_built_reason())
         if device not in self.devices:
             reasons.append(f"tensors on {device}, it takes CUDA tensors")
-        else:
-            reasons += self.device_reasons()
+        reasons += self.device_reasons()
         if dtype not in _DTYPES:
             reasons.append(f"dtype {dtype}, it takes float32 and bfloat16")
         if op == "linear":
@@ -62,12 +60,11 @@ class CudaBackend:
 
     def device_reasons(self) -> list[str]:
         """Why torch's current CUDA device, if there is one, cannot run them."""
-        return _device_reasons()
+        return gpu.unmet(takes_amd=False)
 
     def variant(self) -> str:
         """The architecture of the current device, "sm_90"."""
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}"
+        return gpu.architecture()
 
     def stream(self, tensor: Tensor) -> tuple[int, int]:
         """The index of the tensor's device and the stream to launch on."""
@@ -76,9 +73,7 @@ class CudaBackend:
 
     def on(self, tensor: Tensor) -> AbstractContextManager[object]:
         """The tensor's device as the current one, on which launches run."""
-        if tensor.device.index == torch.cuda.current_device():
-            return nullcontext()
-        return torch.cuda.device(tensor.device)
+        return gpu.on(tensor)
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
         """Write ``call.out``: by one launch; by two where a request shares its users' parts.
@@ -156,17 +151,3 @@ def not_built_reason() -> str:
     if native is None:
         return cpu.import_error or "the native module is missing"
     return f"the CUDA kernels were not built: {native.cuda_missing}"
-
-
-def _device_reasons() -> list[str]:
-    if not torch.cuda.is_available():
-        built_with = torch.version.cuda
-        return [
-            "torch was built without CUDA" if built_with is None else "torch finds no CUDA device"
-        ]
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is not None:
-        return ["an AMD GPU, it takes NVIDIA's"]
-    if capability < _LOWEST_CAPABILITY:
-        return [f"compute capability {capability[0]}.{capability[1]}, it needs 8.0 or more"]
-    return []

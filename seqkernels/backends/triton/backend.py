@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from seqkernels.backends import gpu
 from seqkernels.backends.call import (
     EncoderCall,
     EncoderSize,
@@ -18,7 +19,6 @@ from seqkernels.backends.call import (
 from seqkernels.backends.triton import batch_norm, encoder
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_LOWEST_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
@@ -36,8 +36,7 @@ class TritonBackend:
             reasons.append("Triton is not installed; `pip install triton` adds it")
         if device not in self.devices:
             reasons.append(f"tensors on {device}, it takes CUDA tensors")
-        elif device == "cuda":
-            reasons += _device_reasons()
+        reasons += self.device_reasons()
         if dtype not in _DTYPES:
             reasons.append(f"dtype {dtype}, it takes float32 and bfloat16")
         if op == "linear":
@@ -46,18 +45,26 @@ class TritonBackend:
             reasons += encoder.not_supported_reasons(size.d_model, size.nhead)
         return reasons
 
+    def device_reasons(self) -> list[str]:
+        """Why torch's current GPU, if there is one, cannot run them."""
+        return gpu.unmet(takes_amd=True)
+
     def variant(self) -> str:
-        """The architecture of the current GPU, "sm_90" or "gfx942"; "" without one."""
-        return _architecture(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+        """The architecture of the current GPU, "sm_90" or "gfx942"."""
+        return gpu.architecture()
+
+    def on(self, tensor: Tensor) -> AbstractContextManager[object]:
+        """The tensor's device as the current one, on which Triton launches."""
+        return gpu.on(tensor)
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``: two launches a layer."""
-        with _current(call.out.device):
+        """Write ``call.out``: two launches a layer, one more to share a user's part."""
+        with self.on(call.out):
             return encoder.run(call, variant)
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
         """Write ``call.out`` by one launch."""
-        with _current(call.out.device):
+        with self.on(call.out):
             return batch_norm.run(call)
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
@@ -68,28 +75,3 @@ class TritonBackend:
 @lru_cache(maxsize=1)
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _device_reasons() -> list[str]:
-    if not torch.cuda.is_available():
-        return ["no GPU that torch can use"]
-    if torch.version.hip is None and torch.cuda.get_device_capability() < _LOWEST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability()
-        return [f"a GPU of compute capability {major}.{minor}, it needs 8.0 (bf16 tensor cores)"]
-    return []
-
-
-@lru_cache(maxsize=16)
-def _architecture(index: int) -> str:
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(index).gcnArchName
-        return name.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
-def _current(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
