@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from seqkernels import backends
-from seqkernels.backends.triton import TritonBackend
+from seqkernels.backends.triton import TritonBackend, kernels
 from seqkernels.testing import Closeness, EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.backends.encoder_runs import oracle
+from tests.backends.test_request_scoring import Request
 from tests.triton.interpreter import launches, repaired
 
 
@@ -24,8 +27,14 @@ class InterpretedBackend(TritonBackend):
     def __init__(self, arch: str) -> None:
         self.arch = arch
 
+    def device_reasons(self) -> list[str]:
+        return []
+
     def variant(self) -> str:
         return self.arch
+
+    def on(self, tensor: Tensor) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 @contextmanager
@@ -52,6 +61,38 @@ def run(problem: EncoderProblem, arch: str = "sm_80") -> Tensor:
     assert len(launches) <= 2 * (len(problem.weights) // 12)
     assert bool(launches) == (len(problem.x) > 0)
     return result
+
+
+def score(request: Request, arch: str = "sm_80", **changes: Any) -> Tensor:
+    """The op ``request_scoring``, interpreted; at most one launch more."""
+    launches.clear()
+    direct.clear()
+    with interpreted(arch), pytest.MonkeyPatch.context() as patch:
+        _count_direct(patch)
+        result = request.score("triton", **changes)
+    assert len(launches) <= 2 * (len(request.problem.weights) // 12) + shares_users()
+    return result
+
+
+def shares_users() -> bool:
+    """Whether the last call computed the users' part of the first layer for itself."""
+    assert ("prepare_users" in launches) == ("attention_shared" in launches)
+    return launches[:2] == ["prepare_users", "attention_shared"]
+
+
+#: A line for each program of `attention_shared` that took the direct path, in the last call.
+direct: list[None] = []
+
+
+def _count_direct(patch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"{kernels.__name__}.request_scoring")
+    attend_at_once = module.attend_at_once
+
+    def counted(*arguments: Any) -> None:
+        direct.append(None)
+        attend_at_once(*arguments)
+
+    patch.setattr(module, "attend_at_once", counted)
 
 
 def check(case: EncoderCase, arch: str = "sm_80") -> Closeness:

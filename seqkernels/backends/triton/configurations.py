@@ -13,6 +13,8 @@ LONGEST_BLOCK = 128
 #: Wider tokens and heads do not fit the registers.
 WIDEST_MODEL = 512
 WIDEST_HEAD = 256
+#: Wider tokens do not share what their users' events give: it spills.
+WIDEST_SHARED = 128
 
 _CHUNKS = (128, 64, 32, 16)
 _WASTE = 1.25

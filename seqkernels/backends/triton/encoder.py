@@ -1,7 +1,11 @@
-"""Launches of the encoder's kernels: two a layer, on the current stream, without synchronizing."""
+"""Launches of the encoder's kernels on the current stream, without synchronizing.
+
+Two a layer, and one before them for users whose candidates share what their events give.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +38,7 @@ def run(call: EncoderCall, arch: str) -> Tensor:
     """Write ``call.out``; NaN where a length or a user index is out of range."""
     # Imported at the first call: a machine without Triton loses nothing before it.
     from seqkernels.backends.triton.kernels.attention import attention_long, attention_short
+    from seqkernels.backends.triton.kernels.request_scoring import attention_shared, prepare_users
     from seqkernels.backends.triton.kernels.tail import tail_rows, tail_summary
 
     shape: EncoderShape = call.weight_set.shape
@@ -44,98 +49,115 @@ def run(call: EncoderCall, arch: str) -> Tensor:
         ("triton", splits, nhead), pack, call.weights, shape, nhead, *splits
     )
 
-    batch, length = out.shape[0], call.x.shape[1]
-    tokens = length + (call.fusion == "append")
+    users, length, width = call.x.shape
+    batch, tokens = out.shape[0], length + (call.fusion == "append")
     stride = -(-d // 8) * 8  # rows of a workspace start at 16 bytes
     attended = out.new_empty((batch, tokens, stride), dtype=torch.bfloat16)
     between = attended.new_empty((batch, tokens, stride)) if shape.num_layers > 1 else attended
     blocks = configurations.attention(arch, tokens, d, d // nhead)
     is_long = tokens > configurations.LONGEST_BLOCK
-    kept = configurations.architecture(arch).barrier_shows_writes
-    projected = attended
-    if is_long and kept:
-        projected = attended.new_empty((batch, nhead, 2, tokens, packed.head.padded))
+    arguments = _common(call, shape, packed, stride) | {"attended": attended}
+    if is_long:
+        kept = configurations.architecture(arch).barrier_shows_writes
+        rows = (batch, nhead, 2, tokens, packed.head.padded)
+        arguments |= {
+            "projected": attended.new_empty(rows) if kept else attended,
+            "KEPT": kept,
+        }
+    shares = _shares_users(call, d) and not is_long
+    if shares:
+        rows_of_user = (users, nhead, blocks.rows)
+        width_of_head = packed.head.padded
+        arguments |= {
+            "shared": attended.new_empty((*rows_of_user, blocks.rows)),
+            "keys": attended.new_empty((*rows_of_user, width_of_head)),
+            "values": attended.new_empty((*rows_of_user, width_of_head), dtype=torch.float32),
+        }
 
-    common = _common(call, shape, packed, stride)
     for n, layer in enumerate(packed.layers):
         is_first, is_last = n == 0, n == shape.num_layers - 1
-        x = call.x if is_first else between
-        source = {
-            "x": x,
-            "x_stride_b": x.stride(0),
-            "x_stride_t": x.stride(1),
-            "FIRST": is_first,
-            "E": call.x.shape[2] if is_first else d,
-        }
-        attention: dict[str, Any] = {
-            **common,
-            **source,
+        arguments |= _source(call.x if is_first else between, width if is_first else d)
+        arguments |= {
             "weight": layer.heads,
             "bias": layer.head_biases,
             "norm": layer.norm,
-            "attended": attended,
-            "scale": packed.scale,
-            "HEADS": nhead,
-            "HEAD": d // nhead,
-            "HEAD_CHUNKS": packed.head.chunks,
-            "HEAD_CHUNK": packed.head.width,
-            "ROWS": blocks.rows,
-            "num_warps": blocks.num_warps,
-            "num_stages": blocks.num_stages,
+            "matrices": layer.matrices,
+            "vectors": layer.vectors,
+            "FIRST": is_first,
+            "LAST": is_last,
+            "FINAL_NORM": shape.has_final_norm and is_last,
         }
         if is_long:
-            attention_long[(batch * nhead,)](
-                **attention, projected=projected, KEYS=blocks.keys, KEPT=kept
-            )
+            _launch(attention_long, batch * nhead, arguments, blocks)
+        elif is_first and shares:
+            _launch(prepare_users, users * nhead, arguments, blocks)
+            _launch(attention_shared, batch * nhead, arguments, blocks)
         else:
-            attention_short[(batch * nhead,)](**attention, HALF=blocks.half)
+            _launch(attention_short, batch * nhead, arguments, blocks)
 
         is_summary = is_last and call.latest_k is not None
         tail = configurations.tail(arch, d, packed.hidden, is_summary)
-        finish: dict[str, Any] = {
-            **common,
-            **source,
-            "attended": attended,
-            "matrices": layer.matrices,
-            "vectors": layer.vectors,
-            "final_norm": packed.final_norm,
-            "final_eps": options.final_norm_eps,
-            "negative_slope": options.negative_slope,
-            "FINAL_NORM": shape.has_final_norm and is_last,
-            "ACTIVATION": ACTIVATIONS.index(options.activation),
-            "HIDDENS": packed.hidden.chunks,
-            "HIDDEN": packed.hidden.width,
-            "ROWS": tail.rows,
-            "num_warps": tail.num_warps,
-            "num_stages": tail.num_stages,
-        }
+        target = out if is_last else between
+        arguments |= {"out": target, "out_stride_b": target.stride(0)}
         if is_summary:
-            tail_summary[(batch,)](
-                **finish,
-                out=out,
-                out_stride_b=out.stride(0),
-                latest_k=call.latest_k,
-                POOL=call.pool == "max",
-            )
+            _launch(tail_summary, batch, arguments, tail)
         else:
-            target = out if is_last else between
-            tail_rows[(-(-batch * tokens // tail.rows),)](
-                **finish,
-                out=target,
-                out_stride_b=target.stride(0),
-                out_stride_t=target.stride(1),
-                B=batch,
-                LAST=is_last,
-            )
+            arguments["out_stride_t"] = target.stride(1)
+            _launch(tail_rows, -(-batch * tokens // tail.rows), arguments, tail)
     return out
+
+
+def _shares_users(call: EncoderCall, d_model: int) -> bool:
+    """Whether what the first layer computes of the events alone serves several candidates."""
+    return (
+        call.user_index is not None
+        and call.fusion == "concat"
+        and not call.options.norm_first
+        and d_model <= configurations.WIDEST_SHARED
+    )
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    arguments: dict[str, Any],
+    blocks: configurations.Attention | configurations.Tail,
+) -> None:
+    """Launch with what the kernel takes of the arguments, and its blocks."""
+    own = {name.upper(): value for name, value in blocks._asdict().items()}
+    given = arguments | own
+    kernel[(programs,)](
+        **{name: given[name] for name in kernel.arg_names},
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _source(x: Tensor, width: int) -> dict[str, Any]:
+    """Where a layer finds its tokens.
+
+    Strides go in units of a divisor that is the same for all lengths, or each length would be
+    compiled for itself.
+    """
+    stride_b, stride_t, _ = x.stride()
+    stride_b = stride_b if len(x) > 1 else 0
+    unit = math.gcd(16, stride_b, stride_t)
+    return {
+        "x": x,
+        "x_stride_b": stride_b // unit,
+        "x_stride_t": stride_t // unit,
+        "UNIT": unit,
+        "E": width,
+    }
 
 
 def _common(
     call: EncoderCall, shape: EncoderShape, packed: PackedEncoder, stride: int
 ) -> dict[str, Any]:
-    """Arguments that every launch of a call shares. Where a tensor is absent, x stands in."""
+    """Arguments of all layers. Where a tensor is absent, x stands in."""
     x, candidate, mask, lengths = call.x, call.candidate, call.mask, call.lengths
-    length = x.shape[1]
+    options, length = call.options, x.shape[1]
     return {
         "candidate": x if candidate is None else candidate,
         "candidate_stride": 0 if candidate is None else candidate.stride(0),
@@ -144,19 +166,32 @@ def _common(
         "mask_stride_b": 0 if mask is None else mask.stride(0),
         "mask_stride_t": 0 if mask is None else mask.stride(1),
         "lengths": x if lengths is None else lengths.contiguous(),
+        "final_norm": packed.final_norm,
+        "B": call.out.shape[0],
         "U": x.shape[0],
         "L": length,
         "T": length + (call.fusion == "append"),
-        "eps": call.options.layer_norm_eps,
+        "scale": packed.scale,
+        "eps": options.layer_norm_eps,
+        "final_eps": options.final_norm_eps,
+        "negative_slope": options.negative_slope,
+        "latest_k": call.latest_k,
+        "HEADS": options.nhead,
         "D": shape.d_model,
+        "HEAD": shape.d_model // options.nhead,
         "FUSION": _FUSION[call.fusion],
         "USERS": call.user_index is not None,
         "VALIDITY": _BY_MASK if mask is not None else _BY_LENGTH if lengths is not None else 0,
         "PADDING": _PADDING[call.padding],
         "LATEST_LAST": call.order == "latest_last",
-        "NORM_FIRST": call.options.norm_first,
+        "POOL": call.pool == "max",
+        "NORM_FIRST": options.norm_first,
+        "ACTIVATION": ACTIVATIONS.index(options.activation),
         "ROW_STRIDE": stride,
         "CHUNKS": packed.model.chunks,
         "CHUNK": packed.model.width,
-        "enable_fp_fusion": True,
+        "HEAD_CHUNKS": packed.head.chunks,
+        "HEAD_CHUNK": packed.head.width,
+        "HIDDENS": packed.hidden.chunks,
+        "HIDDEN": packed.hidden.width,
     }

@@ -8,13 +8,12 @@ import math
 import pytest
 import torch
 
-from seqkernels import backends, ops
-from seqkernels.reference import request_scoring
+from seqkernels import backends
 from seqkernels.testing import EncoderCase, assert_close_to_oracle
 from tests.backends.test_encoder import offset_problem
 from tests.kernel_rounding import negative_gelu_problem
 from tests.triton.grid import grid_cases
-from tests.triton.runs import check, interpreted, launches, run
+from tests.triton.runs import check, run
 
 TRANSACT = EncoderCase(
     fusion="concat", latest_k=8, pool="max", candidate_dim=32, mask="right", mask_form="lengths",
@@ -136,44 +135,6 @@ def test_an_illegal_length_gives_nan(wrong: int, summary: tuple[int | None, str]
     result = run(dataclasses.replace(problem, lengths=broken))
     assert result[1].isnan().all()
     assert torch.equal(result[[0, 2]], run(problem)[[0, 2]])
-
-
-@pytest.mark.parametrize("fusion", ["concat", "append"])
-@pytest.mark.parametrize("form", ["bool", "lengths"])
-def test_request_scoring(fusion: str, form: str) -> None:
-    """Candidates name their users; several of one user, one without events."""
-    case = EncoderCase(
-        batch=3, length=70, fusion=fusion, latest_k=4, pool="max", mask="right", valid=(70, 1, 0),
-        mask_form=form, poison=math.nan,
-    )  # fmt: skip
-    problem = case.problem()
-    candidate = problem.candidate
-    assert candidate is not None
-    index = torch.tensor([2, 0, 1, 0, 0])
-    candidates = torch.cat([candidate, candidate.flip(0)])[:5]
-    several = dataclasses.replace(
-        problem,
-        x=problem.x[index],
-        candidate=candidates,
-        key_padding_mask=None if form == "lengths" else problem.key_padding_mask[index],
-        lengths=None if problem.lengths is None else problem.lengths[index],
-    )
-    o = problem.options
-    launches.clear()
-    with interpreted(), torch.inference_mode():
-        result = ops.request_scoring(
-            problem.x, candidates, index, list(problem.weights), problem.key_padding_mask,
-            problem.lengths, o["nhead"], o["activation"], o["negative_slope"], o["norm_first"],
-            o["layer_norm_eps"], o["final_norm_eps"], o["fusion"], o["padding"], o["order"],
-            o["latest_k"], o["pool"], "triton",
-        )  # fmt: skip
-    assert len(launches) == 4
-    assert_close_to_oracle(result, several.golden(), several.low_precision())
-    definition = request_scoring(
-        problem.x.double(), candidates.double(), index, problem.weights,
-        problem.key_padding_mask, problem.lengths, **problem.options,
-    )  # fmt: skip
-    assert torch.equal(definition, several.golden())
 
 
 def test_the_count_of_calls_names_the_backend() -> None:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from triton.runtime.errors import InterpreterError
 
-from seqkernels.backends.triton import kernels
 from seqkernels.testing import EncoderCase
+from tests.triton.faults import Fault, plant
 from tests.triton.runs import check
 
-NAMES = ("tokens", "rows", "attention", "tail")  # each imports those before it
 POISONED: dict[str, Any] = {"mask": "right", "poison": math.nan}
-
-
-class Fault(NamedTuple):
-    file: str
-    old: str
-    new: str
-    case: dict[str, Any]
 
 
 FAULTS = {
@@ -39,7 +29,9 @@ FAULTS = {
         "attention", "part[None, :]) * scale)", "part[None, :]) * (scale * 0.8660254))", {}
     ),
     "no b_q": Fault("attention", "(raw[j] + part[None, :]) * scale", "raw[j] * scale", {}),
-    "no b_v": Fault("attention", "mixed[j] * inverse + offset[None, :]", "mixed[j] * inverse", {}),
+    "no b_v": Fault(
+        "attention", "mixed[j] * inverse + offsets[j][None, :]", "mixed[j] * inverse", {}
+    ),
     "values of padding not cleared": Fault(
         "attention", "tl.where(valid[:, None], raw[j], 0.0)", "raw[j]",
         {**POISONED, "padding": "compute"},
@@ -113,25 +105,6 @@ FAULTS = {
         {"activation": "leaky_relu", "negative_slope": 0.2},
     ),
 }  # fmt: skip
-
-
-def plant(fault: Fault | None, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Load the kernels from copies, one of them with the fault."""
-    assert kernels.__file__ is not None
-    for name in NAMES:
-        text = (Path(kernels.__file__).parent / f"{name}.py").read_text()
-        if fault is not None and name == fault.file:
-            assert fault.old in text, "the fault fits the source no more"
-            text = text.replace(fault.old, fault.new)
-        copy = folder / f"{name}.py"
-        copy.write_text(text)
-        module_name = f"{kernels.__name__}.{name}"
-        spec = importlib.util.spec_from_file_location(module_name, copy)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, module_name, module)
-        spec.loader.exec_module(module)
 
 
 @functools.cache

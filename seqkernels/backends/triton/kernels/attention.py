@@ -31,12 +31,13 @@ from seqkernels.backends.triton.kernels.tokens import (
 
 # What changes from call to call and would only multiply the compiled variants.
 _VARIES = (
+    "candidate", "user_index", "mask", "lengths", "x_stride_b", "x_stride_t",
     "mask_stride_b", "mask_stride_t", "candidate_stride", "U", "L", "T", "eps",
 )  # fmt: skip
 
 
 @triton.jit
-def _project_heads(
+def project_heads(
     rows,
     weight,
     KIND: tl.constexpr,
@@ -67,7 +68,7 @@ def _project_heads(
 
 
 @triton.jit
-def _keys(
+def keys_of(
     rows,
     weight,
     CHUNKS: tl.constexpr,
@@ -76,12 +77,12 @@ def _keys(
     HEAD_CHUNK: tl.constexpr,
 ):
     """k: bf16 chunks [M, C]."""
-    raw = _project_heads(rows, weight, 1, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+    raw = project_heads(rows, weight, 1, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
     return to_operands(raw, HEAD_CHUNKS)
 
 
 @triton.jit
-def _queries(
+def queries_of(
     rows,
     weight,
     bias,
@@ -92,7 +93,7 @@ def _queries(
     HEAD_CHUNK: tl.constexpr,
 ):
     """Scaled q: bf16 chunks [M, C]; bias: fp32 [2, d], that of q and that of v."""
-    raw = _project_heads(rows, weight, 0, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+    raw = project_heads(rows, weight, 0, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
     result = ()
     for j in tl.static_range(HEAD_CHUNKS):
         part = tl.load(bias + j * HEAD_CHUNK + tl.arange(0, HEAD_CHUNK))
@@ -101,7 +102,7 @@ def _queries(
 
 
 @triton.jit
-def _values(
+def values_of(
     rows,
     weight,
     valid,
@@ -111,7 +112,7 @@ def _values(
     HEAD_CHUNK: tl.constexpr,
 ):
     """v, cleared where no key is valid, so that NaN there meets no weight of 0."""
-    raw = _project_heads(rows, weight, 2, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+    raw = project_heads(rows, weight, 2, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
     result = ()
     for j in tl.static_range(HEAD_CHUNKS):
         result = result + (tl.where(valid[:, None], raw[j], 0.0).to(tl.bfloat16),)
@@ -119,7 +120,7 @@ def _values(
 
 
 @triton.jit
-def _scores(q, k, valid, HEAD_CHUNKS: tl.constexpr):
+def scores(q, k, valid, HEAD_CHUNKS: tl.constexpr):
     """Q k^T [M, N] with -inf for keys that are not valid."""
     s = tl.dot(q[0], tl.trans(k[0]))
     for j in tl.static_range(1, HEAD_CHUNKS):
@@ -128,11 +129,28 @@ def _scores(q, k, valid, HEAD_CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _store_attended(
+def exponentials(s):
+    """2^(s - the row's largest), 0 in a row of -inf: fp32 [M, N]."""
+    most = tl.max(s, 1)
+    return tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[:, None])
+
+
+@triton.jit
+def value_biases(bias, HEAD_CHUNKS: tl.constexpr, HEAD_CHUNK: tl.constexpr):
+    """b_v of one head: fp32 chunks [C]; bias: fp32 [2, d]."""
+    parts = ()
+    for j in tl.static_range(HEAD_CHUNKS):
+        column = j * HEAD_CHUNK + tl.arange(0, HEAD_CHUNK)
+        parts = parts + (tl.load(bias + HEAD_CHUNKS * HEAD_CHUNK + column),)
+    return parts
+
+
+@triton.jit
+def store_attended(
     attended,
     mixed,
     total,
-    bias,
+    offsets,
     row,
     h,
     keep,
@@ -141,19 +159,18 @@ def _store_attended(
     HEAD_CHUNKS: tl.constexpr,
     HEAD_CHUNK: tl.constexpr,
 ):
-    """Write mixed / total + b_v to the columns of head h of rows `row` [M]."""
+    """Write mixed / total + offsets to the columns of head h of rows `row` [M]; offsets: [C]."""
     present = (total != 0.0)[:, None]
     inverse = (1.0 / tl.where(total != 0.0, total, 1.0))[:, None]
     for j in tl.static_range(HEAD_CHUNKS):
         column = j * HEAD_CHUNK + tl.arange(0, HEAD_CHUNK)
-        offset = tl.load(bias + HEAD_CHUNKS * HEAD_CHUNK + column)
-        value = tl.where(present, mixed[j] * inverse + offset[None, :], 0.0)
+        value = tl.where(present, mixed[j] * inverse + offsets[j][None, :], 0.0)
         where = attended + row[:, None] * ROW_STRIDE + h * HEAD + column[None, :]
         tl.store(where, value.to(tl.bfloat16), keep[:, None] & (column < HEAD)[None, :])
 
 
 @triton.jit
-def _load_operands(
+def load_operands(
     x,
     candidate,
     t,
@@ -185,7 +202,7 @@ def _load_operands(
 
 
 @triton.jit
-def _attend_at_once(
+def attend_at_once(
     x,
     candidate,
     attended,
@@ -218,23 +235,23 @@ def _attend_at_once(
     HEAD_CHUNK: tl.constexpr,
 ):
     """Tokens t [M] as queries and as keys; nothing between x and the result leaves the chip."""
-    rows = _load_operands(
+    rows = load_operands(
         x, candidate, t, row_of_x, b, keep, x_stride_b, x_stride_t, candidate_stride, L, norm, eps,
         E, D, FUSION, LATEST_LAST, NORM_FIRST, CHUNKS, CHUNK,
     )  # fmt: skip
-    k = _keys(rows, weight, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
-    q = _queries(rows, weight, bias, scale, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
-    s = _scores(q, k, valid, HEAD_CHUNKS)
-    most = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(most == float("-inf"), 0.0, most)[:, None])
+    k = keys_of(rows, weight, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+    q = queries_of(rows, weight, bias, scale, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+    s = scores(q, k, valid, HEAD_CHUNKS)
+    p = exponentials(s)
     total = tl.sum(p, 1)
     weights = p.to(tl.bfloat16)
-    v = _values(rows, weight, valid, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+    v = values_of(rows, weight, valid, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
     mixed = ()
     for j in tl.static_range(HEAD_CHUNKS):
         mixed = mixed + (tl.dot(weights, v[j]),)
-    _store_attended(
-        attended, mixed, total, bias, b * T + t, h, keep,
+    offsets = value_biases(bias, HEAD_CHUNKS, HEAD_CHUNK)
+    store_attended(
+        attended, mixed, total, offsets, b * T + t, h, keep,
         ROW_STRIDE, HEAD, HEAD_CHUNKS, HEAD_CHUNK,
     )  # fmt: skip
 
@@ -263,6 +280,7 @@ def attention_short(
     HEADS: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     HEAD: tl.constexpr,
     FUSION: tl.constexpr,
     FIRST: tl.constexpr,  # whether x holds events, to be fused with the candidate
@@ -280,6 +298,8 @@ def attention_short(
     HALF: tl.constexpr,  # rows of the block for sequences that fit it, ROWS if there is none
 ):
     """One program for each sequence and head; the sequence is one block."""
+    x_stride_b = x_stride_b.to(tl.int64) * UNIT
+    x_stride_t = x_stride_t.to(tl.int64) * UNIT
     h = tl.program_id(0) % HEADS
     b = (tl.program_id(0) // HEADS).to(tl.int64)
     u = events_row(user_index, b, U, USERS)
@@ -302,7 +322,7 @@ def attention_short(
                 t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
             )
             keep = t < T if PADDING == COMPUTE else valid
-            _attend_at_once(
+            attend_at_once(
                 x, candidate, attended, weight, bias, norm, t, valid, keep, row_of_x, b, h,
                 x_stride_b, x_stride_t, candidate_stride, L, T, scale, eps,
                 E, D, HEAD, SOURCE, LATEST_LAST, NORM_FIRST, ROW_STRIDE,
@@ -314,7 +334,7 @@ def attention_short(
             t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
         )
         keep = t < T if PADDING == COMPUTE else valid
-        _attend_at_once(
+        attend_at_once(
             x, candidate, attended, weight, bias, norm, t, valid, keep, row_of_x, b, h,
             x_stride_b, x_stride_t, candidate_stride, L, T, scale, eps,
             E, D, HEAD, SOURCE, LATEST_LAST, NORM_FIRST, ROW_STRIDE,
@@ -380,6 +400,7 @@ def attention_long(
     HEADS: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     HEAD: tl.constexpr,
     FUSION: tl.constexpr,
     FIRST: tl.constexpr,
@@ -398,6 +419,8 @@ def attention_long(
     KEPT: tl.constexpr,  # whether k and v are put down once, or projected for each step of queries
 ):
     """One program for each sequence and head, in steps of queries and of keys."""
+    x_stride_b = x_stride_b.to(tl.int64) * UNIT
+    x_stride_t = x_stride_t.to(tl.int64) * UNIT
     h = tl.program_id(0) % HEADS
     b = (tl.program_id(0) // HEADS).to(tl.int64)
     u = events_row(user_index, b, U, USERS)
@@ -420,13 +443,13 @@ def attention_long(
             valid = inside & is_valid(
                 t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
             )
-            rows = _load_operands(
+            rows = load_operands(
                 x, candidate, t, row_of_x, b, valid, x_stride_b, x_stride_t, candidate_stride, L,
                 norm, eps, E, D, SOURCE, LATEST_LAST, NORM_FIRST, CHUNKS, CHUNK,
             )  # fmt: skip
-            k = _keys(rows, weight, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+            k = keys_of(rows, weight, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
             _store_projected(k_rows, k, t, inside, HEAD_CHUNKS, HEAD_CHUNK)
-            v = _values(rows, weight, valid, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+            v = values_of(rows, weight, valid, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
             _store_projected(v_rows, v, t, inside, HEAD_CHUNKS, HEAD_CHUNK)
         tl.debug_barrier()  # what one thread of the program wrote, others read
 
@@ -442,11 +465,11 @@ def attention_long(
             keep = keep & is_valid(
                 t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
             )
-        rows = _load_operands(
+        rows = load_operands(
             x, candidate, t, row_of_x, b, keep, x_stride_b, x_stride_t, candidate_stride, L,
             norm, eps, E, D, SOURCE, LATEST_LAST, NORM_FIRST, CHUNKS, CHUNK,
         )  # fmt: skip
-        q = _queries(rows, weight, bias, scale, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+        q = queries_of(rows, weight, bias, scale, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
         most = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = ()
@@ -461,13 +484,13 @@ def attention_long(
             if KEPT:
                 k = _load_projected(k_rows, s_t, inside, HEAD_CHUNKS, HEAD_CHUNK)
             else:
-                key_rows = _load_operands(
+                key_rows = load_operands(
                     x, candidate, s_t, row_of_x, b, valid, x_stride_b, x_stride_t,
                     candidate_stride, L, norm, eps, E, D, SOURCE, LATEST_LAST, NORM_FIRST,
                     CHUNKS, CHUNK,
                 )  # fmt: skip
-                k = _keys(key_rows, weight, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
-            s = _scores(q, k, valid, HEAD_CHUNKS)
+                k = keys_of(key_rows, weight, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+            s = scores(q, k, valid, HEAD_CHUNKS)
             grown = tl.maximum(most, tl.max(s, 1))
             # A query whose keys so far are all hidden has no maximum yet.
             offset = tl.where(grown == float("-inf"), 0.0, grown)
@@ -478,13 +501,14 @@ def attention_long(
             if KEPT:
                 v = _load_projected(v_rows, s_t, inside, HEAD_CHUNKS, HEAD_CHUNK)
             else:
-                v = _values(key_rows, weight, valid, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
+                v = values_of(key_rows, weight, valid, CHUNKS, CHUNK, HEAD_CHUNKS, HEAD_CHUNK)
             scaled = ()
             for j in tl.static_range(HEAD_CHUNKS):
                 scaled = scaled + (tl.dot(weights, v[j], mixed[j] * shrink[:, None]),)
             mixed = scaled
             most = grown
-        _store_attended(
-            attended, mixed, total, bias, b * T + t, h, keep,
+        offsets = value_biases(bias, HEAD_CHUNKS, HEAD_CHUNK)
+        store_attended(
+            attended, mixed, total, offsets, b * T + t, h, keep,
             ROW_STRIDE, HEAD, HEAD_CHUNKS, HEAD_CHUNK,
         )  # fmt: skip

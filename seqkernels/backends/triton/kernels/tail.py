@@ -42,6 +42,7 @@ UNROLLED = tl.constexpr(128)
 
 # What changes from call to call and would only multiply the compiled variants.
 _VARIES = (
+    "candidate", "user_index", "mask", "lengths", "x_stride_b", "x_stride_t",
     "candidate_stride", "mask_stride_b", "mask_stride_t", "out_stride_b", "out_stride_t",
     "B", "U", "L", "T", "latest_k", "eps", "final_eps", "negative_slope",
 )  # fmt: skip
@@ -246,6 +247,7 @@ def tail_rows(
     negative_slope,
     E: tl.constexpr,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     FUSION: tl.constexpr,
     FIRST: tl.constexpr,  # whether x holds events, to be fused with the candidate
     LAST: tl.constexpr,  # whether the rows leave the encoder
@@ -264,6 +266,8 @@ def tail_rows(
     ROWS: tl.constexpr,
 ):
     """One program for ROWS rows of the whole batch, wherever its sequences begin."""
+    x_stride_b = x_stride_b.to(tl.int64) * UNIT
+    x_stride_t = x_stride_t.to(tl.int64) * UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b = row // T
     t = (row - b * T).to(tl.int32)
@@ -339,6 +343,7 @@ def tail_summary(
     negative_slope,
     E: tl.constexpr,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     FUSION: tl.constexpr,
     FIRST: tl.constexpr,
     USERS: tl.constexpr,
@@ -357,6 +362,8 @@ def tail_summary(
     ROWS: tl.constexpr,
 ):
     """One program for each sequence, of which only the window and the pool are written."""
+    x_stride_b = x_stride_b.to(tl.int64) * UNIT
+    x_stride_t = x_stride_t.to(tl.int64) * UNIT
     b = tl.program_id(0).to(tl.int64)
     u = events_row(user_index, b, U, USERS)
     row_of_x = u if FIRST else b
