@@ -7,6 +7,8 @@ CONSTRAINTS := --constraint constraints-dev.txt
 
 CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_SOURCES := CMakeLists.txt setup.py $(filter csrc/%, $(CXX_FILES))
+NEWEST_TRITON := build/triton-newest
+
 PYTHON_FILES := setup.py seqkernels tests $(wildcard bench examples)
 TEXT_FILES := $(PYTHON_FILES) csrc CMakeLists.txt pyproject.toml .ci
 
@@ -16,7 +18,7 @@ BANNED := -march=native|make_block_ptr|(^|[^A-Za-z0-9_.}])/(home|root|work|Users
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu bench lint format native clean
+.PHONY: help demo test test-triton-newest test-gpu bench lint format native clean
 
 help:  ## this list
 	@echo "make <target>, where <target> is one of:"
@@ -29,6 +31,12 @@ demo: $(VENV)/.demo $(VENV)/.native  ## train an engagement ranker on real data,
 test: $(VENV)/.dev $(VENV)/.native  ## all tests, the native core's under sanitizers included
 	@echo "==> tests"
 	$(BIN)/python -m pytest tests
+
+test-triton-newest: $(VENV)/.dev $(NEWEST_TRITON)/.installed  ## the Triton kernels with the newest Triton
+	@echo "==> tests of the Triton kernels with the newest Triton"
+	@PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(BIN)/python -c 'import triton; from pathlib import Path; \
+	    assert f"triton=={triton.__version__}" in Path("constraints-triton-newest.txt").read_text().split()'
+	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(BIN)/python -m pytest tests/triton
 
 test-gpu: $(VENV)/.dev $(VENV)/.native  ## the kernels on the GPU at hand
 	@echo "==> tests on the GPU"
@@ -92,4 +100,11 @@ $(VENV)/.native: $(NATIVE_SOURCES) pyproject.toml | $(VENV)/.build
 $(VENV)/.demo $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: constraints-dev.txt pyproject.toml | $(VENV)/.build
 	@echo "==> installing what the extra [$*] names (once)"
 	@SEQKERNELS_NATIVE=0 $(PIP) install $(CONSTRAINTS) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# Beside .venv, whose Triton is the one that goes with its torch, and in front of it on the path.
+$(NEWEST_TRITON)/.installed: constraints-triton-newest.txt | $(BIN)/python
+	@echo "==> installing the newest Triton (once)"
+	@rm -rf $(NEWEST_TRITON)
+	@$(PIP) install --constraint $< --no-deps --target $(NEWEST_TRITON) triton
 	@touch $@

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import seqkernels
 from seqkernels import backends, ops
 from seqkernels.backends.triton import TritonBackend
+from seqkernels.nn import UserSequenceEncoder
 from seqkernels.testing import EncoderCase
+from tests.backends.test_request_scoring import Request
 
 # The ranking model's own shape, one that is wide and one that is long: together they compile every
 # kernel, each way to fuse, validity by lengths and by masks, one and several blocks of a loop.
@@ -36,7 +40,7 @@ TRANSACT = {
     "mask": "right", "mask_form": "lengths", "dtype": torch.bfloat16,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
-    "reference shape": TRANSACT,
+    "reference shape": {**TRANSACT, "num_layers": 1},
     "whole sequence": {"batch": 2, "num_layers": 1, "norm_first": True, "final_norm": True,
                        "activation": "gelu", "mask": "holes", "padding": "compute"},
     "wide": {"batch": 2, "length": 64, "d_model": 256, "nhead": 4, "dim_feedforward": 2048,
@@ -45,10 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
     "long": {"batch": 2, "length": 400, "num_layers": 1, "mask": "holes",
              "dtype": torch.bfloat16},
 }  # fmt: skip
-
 # These differ from sm_80 in shared memory and registers, not in instructions.
 ALIKE = ("sm_86", "sm_89", "sm_120")
-ALIKE_CASES = ("reference shape", "long")
+ALIKE_CASES = ("long",)
 
 
 class Kernel(NamedTuple):
@@ -86,8 +89,14 @@ class _Backend(TritonBackend):
     devices = ("cpu",)
     arch = ""
 
+    def device_reasons(self) -> list[str]:
+        return []
+
     def variant(self) -> str:
         return self.arch
+
+    def on(self, tensor: torch.Tensor) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 compiled: list[Any] = []  # kernels, in the order of their launches
@@ -114,6 +123,13 @@ def compile_encoder(case: EncoderCase) -> list[Any]:
     del compiled[:]
     with torch.inference_mode():
         case.problem().run("triton")
+    return list(compiled)
+
+
+def compile_request(case: EncoderCase) -> list[Any]:
+    """The kernels that request scoring launches, in order."""
+    del compiled[:]
+    Request.draw(case, 3).score("triton")
     return list(compiled)
 
 
@@ -183,26 +199,54 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
 
 
 def specializations() -> None:
-    """Print the kernels that each length compiles, by their hashes."""
+    """Print, for each of several calls, the kernels it compiles, by their hashes."""
     aim("sm_90")
+
+    def report(call: str, kernels: list[Any]) -> None:
+        print(json.dumps([call, [kernel.hash for kernel in kernels]]), flush=True)
+
     for length in (100, 112, 101, 97, 1):
-        case = EncoderCase(**{**TRANSACT, "length": length})
-        print(json.dumps([length, [kernel.hash for kernel in compile_encoder(case)]]), flush=True)
+        report(f"length {length}", compile_encoder(EncoderCase(**{**TRANSACT, "length": length})))
+    # 17 columns of an event: L E is a multiple of 16 for one length and not for the next.
+    odd = {**TRANSACT, "candidate_dim": 79, "num_layers": 1, "mask": "holes", "mask_form": "bool"}
+    for batch, length in ((2, 100), (1, 112), (16, 97)):
+        case = EncoderCase(**{**odd, "batch": batch, "length": length, "dtype": torch.float32})
+        report(f"odd {batch} {length}", compile_encoder(case))
+    # A model made ready by one batch, then batches of other sizes, lengths and places in memory.
+    torch.manual_seed(0)
+    model = UserSequenceEncoder(64, 32, 2, 32, 1, backend="triton").eval()
+
+    def arguments(users: int, length: int, skip: int) -> tuple[torch.Tensor, ...]:
+        events, candidates = torch.zeros(users + skip, length, 64), torch.zeros(users + skip, 32)
+        mask = torch.zeros(users + skip, length, dtype=torch.bool)
+        return events[skip:], candidates[skip:], mask[skip:]
+
+    del compiled[:]
+    seqkernels.warmup(model, arguments(8, 100, 0))
+    report("warmup", compiled)
+    for users, length, skip in ((8, 112, 0), (1, 65, 0), (16, 97, 1), (3, 128, 2)):
+        del compiled[:]
+        with torch.inference_mode():
+            model(*arguments(users, length, skip))
+        report(f"serving {users} {length} {skip}", compiled)
 
 
 def main(arch: str) -> None:
     aim(arch)
     seen = set()
-    for name, fields in CASES.items():
-        if arch in ALIKE and name not in ALIKE_CASES:
-            continue
-        for kernel in compile_encoder(EncoderCase(**fields)):
+
+    def report(case: str, kernels: list[Any]) -> None:
+        for kernel in kernels:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                print(json.dumps(describe(name, kernel)._asdict()), flush=True)
+                print(json.dumps(describe(case, kernel)._asdict()), flush=True)
+
+    for name, fields in CASES.items():
+        if arch not in ALIKE or name in ALIKE_CASES:
+            report(name, compile_encoder(EncoderCase(**fields)))
+    report("request", compile_request(EncoderCase(**TRANSACT)))
     for channels_last in (False, True):
-        for kernel in compile_batch_norm(channels_last):
-            print(json.dumps(describe("batch norm", kernel)._asdict()), flush=True)
+        report("batch norm", compile_batch_norm(channels_last))
 
 
 if __name__ == "__main__":

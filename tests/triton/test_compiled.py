@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
+from collections.abc import Callable
+from subprocess import CompletedProcess
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.static.project import ROOT
 from tests.triton.presence import needs_triton
 
 
@@ -36,37 +32,24 @@ TENSOR_COLUMNS = 512
 FEWEST_INSTRUCTIONS = 200
 
 
-def compile_for(what: str) -> list[Any]:
-    """The lines of `tests.triton.compiler`, from a process that does not interpret."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-        environment.pop("TRITON_INTERPRET", None)
-        result = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "tests.triton.compiler", what],
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+Finished = Callable[[str], CompletedProcess[str]]
+
+
+def lines(result: CompletedProcess[str]) -> list[Any]:
+    """What `tests.triton.compiler` printed."""
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@functools.cache
-def kernels(arch: str) -> list[dict[str, Any]]:
-    return compile_for(arch)
-
-
 @needs_triton
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_architecture(arch: str) -> None:
-    limits = ARCHITECTURES[arch]
-    names = {kernel["name"] for kernel in kernels(arch)}
-    assert names == {
-        "attention_short", "attention_long", "tail_rows", "tail_summary", "batch_norm",
+@pytest.mark.parametrize("job", ARCHITECTURES)
+def test_architecture(job: str, finished: Finished) -> None:
+    limits, kernels = ARCHITECTURES[job], lines(finished(job))
+    assert {kernel["name"] for kernel in kernels} == {
+        "attention_short", "attention_long", "prepare_users", "attention_shared",
+        "tail_rows", "tail_summary", "batch_norm",
     }  # fmt: skip
-    for kernel in kernels(arch):
+    for kernel in kernels:
         assert kernel["traps"] == 0, kernel
         assert kernel["instructions"] >= FEWEST_INSTRUCTIONS, kernel
         assert kernel["shared"] <= limits.shared * 1024, kernel
@@ -76,8 +59,13 @@ def test_architecture(arch: str) -> None:
 
 
 @needs_triton
-def test_few_kernels_for_many_lengths() -> None:
+@pytest.mark.parametrize("job", ["specializations"])
+def test_few_kernels_for_many_calls(job: str, finished: Finished) -> None:
     """Sequences of 97 to 112 tokens run the same code; one token is a case of its own."""
-    compiled = dict(compile_for("specializations"))
-    assert compiled[100] == compiled[112] == compiled[101] == compiled[97]
-    assert len(set(compiled[1])) == len(compiled[1]) == 4
+    compiled = dict(lines(finished(job)))
+    lengths = [compiled[f"length {n}"] for n in (100, 112, 101, 97)]
+    assert lengths == [lengths[0]] * 4
+    assert len(set(compiled["length 1"])) == len(compiled["length 1"]) == 4
+    assert compiled["odd 2 100"] == compiled["odd 1 112"] == compiled["odd 16 97"]
+    serving = [kernels for call, kernels in compiled.items() if call.startswith("serving")]
+    assert serving == [compiled["warmup"]] * 4
