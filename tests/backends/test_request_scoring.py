@@ -38,23 +38,21 @@ class Request:
         return cls(problem, candidates, torch.randint(case.batch, (count,), generator=g))
 
     def score(self, backend: str, **changes: Any) -> Tensor:
-        """The op; `changes` to candidates and user_index."""
-        p, given = self.problem, dataclasses.replace(self, **changes)
+        given = {"candidates": self.candidates, "user_index": self.user_index} | changes
+        p = self.problem
         with torch.inference_mode():
-            result: Tensor = ops.request_scoring(
+            return ops.request_scoring(
                 p.x,
-                given.candidates,
-                given.user_index,
+                given["candidates"],
+                given["user_index"],
                 list(p.weights),
                 p.key_padding_mask,
                 p.lengths,
                 *(p.options[name] for name in RESTS),
                 backend,
             )
-        return result
 
     def run(self, isa: str, **changes: Any) -> Tensor:
-        """The op on one instruction set, of which the backend's own count is proof."""
         label = f"cpu/{isa}"
         before = backends.calls[label]
         with settings.override(isa=isa):

@@ -212,6 +212,9 @@ def specializations() -> None:
     for batch, length in ((2, 100), (1, 112), (16, 97)):
         case = EncoderCase(**{**odd, "batch": batch, "length": length, "dtype": torch.float32})
         report(f"odd {batch} {length}", compile_encoder(case))
+    for batch, length in ((2, 100), (1, 112)):
+        case = EncoderCase(**{**odd, "batch": batch, "length": length})
+        report(f"request {batch} {length}", compile_request(case))
     # A model made ready by one batch, then batches of other sizes, lengths and places in memory.
     torch.manual_seed(0)
     model = UserSequenceEncoder(64, 32, 2, 32, 1, backend="triton").eval()

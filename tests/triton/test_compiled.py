@@ -67,5 +67,6 @@ def test_few_kernels_for_many_calls(job: str, finished: Finished) -> None:
     assert lengths == [lengths[0]] * 4
     assert len(set(compiled["length 1"])) == len(compiled["length 1"]) == 4
     assert compiled["odd 2 100"] == compiled["odd 1 112"] == compiled["odd 16 97"]
+    assert compiled["request 2 100"] == compiled["request 1 112"]
     serving = [kernels for call, kernels in compiled.items() if call.startswith("serving")]
     assert serving == [compiled["warmup"]] * 4
