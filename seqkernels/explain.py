@@ -133,10 +133,11 @@ def explain(module: nn.Module, *example_inputs: Any, **example_keywords: Any) ->
 def warmup(model: nn.Module, example_inputs: Any) -> None:
     """Run a model once, so that the first request finds weights packed and threads started.
 
-    The Triton backend compiles, in seconds each, the kernels that these inputs reach. Other batch
-    sizes reach the same ones, and so do other lengths of 1 to 16, 17 to 32, 33 to 64, 65 to 128 or
-    more events like the example's; a mask instead of lengths, another dtype, or request scoring
-    reach others: warm up with an input of each kind that will come.
+    With the Triton backend this compiles the kernels that the inputs reach, which takes seconds
+    each. All batch sizes share them, and so do lengths of 1 to 16, of 17 to 32, 33 to 64, 65 to 128
+    and of more tokens; a mask instead of lengths, and another dtype, reach others. So warm up with
+    an input of each kind that will come, and call ``score_candidates`` or ``score_request`` once
+    where requests are served.
 
     Parameters
     ----------
