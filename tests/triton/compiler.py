@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # These differ from sm_80 in shared memory and registers, not in instructions.
 ALIKE = ("sm_86", "sm_89", "sm_120")
-ALIKE_CASES = ("long",)
+ALIKE_CASES = ("reference shape", "long")
 
 
 class Kernel(NamedTuple):
