@@ -200,6 +200,8 @@ std::vector<std::string> encoder_unsupported_reasons(const EncoderShape& s) {
   const int largest_head = split_attention_instances().back();
   if (reasons.empty() && s.head_dim() > largest_head)
     refuse("head_dim", "at most " + std::to_string(largest_head), s.head_dim());
+  if (reasons.empty() && is_split(s) && s.nhead > split_most_heads(s))
+    refuse("nhead", "at most " + std::to_string(split_most_heads(s)), s.nhead);
   return reasons;
 }
 

@@ -13,7 +13,7 @@ constexpr int kSplitWarps = 8;  // of a block, at most
 // Of the hidden layer's columns a warp computes so many tiles at once; `column_tiles` are those of
 // the model's columns that it owns.
 constexpr int hidden_tiles_of(int column_tiles) {
-  return column_tiles == 4 ? 1 : 2;
+  return column_tiles == 8 ? 2 : 1;
 }
 
 // Two sums of rows on their way between warps: [strip][sum][warp][16 rows] fp32, with 8 words

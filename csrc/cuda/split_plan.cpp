@@ -75,6 +75,11 @@ const std::vector<int>& split_attention_instances() {
   return all;
 }
 
+int split_most_heads(const EncoderShape& s) {
+  constexpr int kMostColumns = 2048;  // 64 KB a strip, of 99 KB
+  return kMostColumns / split_attention_instances()[static_cast<size_t>(attention_instance_of(s))];
+}
+
 EncoderLayout split_layout(const EncoderShape& s) {
   const SplitInstance& i = split_instances()[static_cast<size_t>(instance_of(s))];
   const int head_rows = split_attention_instances()[static_cast<size_t>(attention_instance_of(s))];
@@ -103,8 +108,15 @@ void plan_split(const EncoderShape& shape, const EncoderCall& call, const Encode
   const auto tail = [&](int group) {
     return TailMemory(l, instance, strips, group, split.warps, call.pool_max).total;
   };
-  split.group = static_cast<int>(std::min<int64_t>(strips, instance.strips));
-  while (split.group > 1 && tail(split.group) > device.shared_bytes) --split.group;
+  // Of about the same size, and no more of them than there have to be, unless multiprocessors would
+  // be idle.
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  int64_t groups = divide(strips, instance.strips);
+  while (groups < strips && tail(static_cast<int>(divide(strips, groups))) > device.shared_bytes)
+    ++groups;
+  split.group = static_cast<int>(divide(strips, groups));
+  const int64_t idle = divide(device.multiprocessors, std::max<int64_t>(1, call.batch));
+  split.blocks = static_cast<int>(std::clamp(idle, groups, strips));
   split.tail_bytes = tail(split.group);
   if (split.tail_bytes > device.shared_bytes) {
     const int64_t rest = device.shared_bytes - (split.tail_bytes - strips * kTile * 4);
@@ -121,9 +133,8 @@ void plan_split(const EncoderShape& shape, const EncoderCall& call, const Encode
 
   // More sequences at once would keep no multiprocessor busier.
   constexpr int64_t kBlocksEach = 8;
-  const int64_t groups = (strips + split.group - 1) / split.group;
   const int64_t blocks = kBlocksEach * std::max(1, device.multiprocessors);
-  split.sequences = std::min(call.batch, (blocks + groups - 1) / groups);
+  split.sequences = std::min(call.batch, divide(blocks, groups));
   plan.workspace_bytes =
       split.sequences * SequenceMemory(l, strips, plan.keys_in_workspace).total(shape.norm_first);
 }
@@ -150,13 +161,12 @@ std::vector<SplitLaunch> split_launches(const EncoderShape& shape, const Encoder
   params.attended = take(each.attended);
   p.workspace = take(each.keys);
   p.keys_in_workspace = plan.keys_in_workspace;
-  params.group = split.group;
-  const int groups = (p.strips + split.group - 1) / split.group;
 
   std::vector<SplitLaunch> launches;
   const auto launch = [&](SplitStep step, int64_t count, int blocks, int warps, int64_t bytes) {
     p.warps = warps;
     params.blocks = blocks;
+    params.group = std::min(split.group, (p.strips + blocks - 1) / blocks);
     launches.push_back({step, static_cast<int>(count * blocks), 32 * warps, bytes, params});
   };
   const auto vectors = [](int64_t bytes) { return static_cast<int>(bytes / 16); };
@@ -166,7 +176,7 @@ std::vector<SplitLaunch> split_launches(const EncoderShape& shape, const Encoder
     params.layer = 0;
     const int64_t positions = kPositionsOffset + int64_t{4} * p.strips * kTile;
     params.hidden = vectors(positions);
-    launch(SplitStep::kTokens, count, groups, split.warps, split.tokens_bytes);
+    launch(SplitStep::kTokens, count, split.blocks, split.warps, split.tokens_bytes);
     for (; params.layer < shape.num_layers; ++params.layer) {
       // A head's keys and values, in shared memory or in the block's part of the workspace.
       const int64_t keys = each.attended / l.heads;
@@ -180,7 +190,7 @@ std::vector<SplitLaunch> split_launches(const EncoderShape& shape, const Encoder
       params.hidden = vectors(memory.hidden);
       // A running maximum is one block's.
       const bool whole = call.pool_max && params.layer + 1 == shape.num_layers;
-      launch(SplitStep::kTail, count, whole ? 1 : groups, split.warps, split.tail_bytes);
+      launch(SplitStep::kTail, count, whole ? 1 : split.blocks, split.warps, split.tail_bytes);
     }
   }
   return launches;

@@ -8,7 +8,7 @@
 // The kernels that are compiled. X(tiles of columns a warp, strips at once), by ascending model
 // rows.
 #define SEQKERNELS_CUDA_SPLIT_INSTANCES(X) \
-  X(2, 4)                                  \
+  X(2, 7)                                  \
   X(4, 4)                                  \
   X(8, 2)
 // X(head rows)
@@ -21,6 +21,9 @@
   X(128)
 
 namespace seqkernels::cuda {
+
+// With more, their padded columns would not fit into the shared memory of every device.
+int split_most_heads(const EncoderShape& shape);
 
 // Of a shape that is taken.
 EncoderLayout split_layout(const EncoderShape& shape);

@@ -88,128 +88,123 @@ __device__ __forceinline__ void multiply_rows(const Group<Class>& group, const V
   }
 }
 
-// Each row's sum over all warps, of what its four lanes hold in this one, by way of `sums`, where
-// nothing else may happen until the block has met again.
+// Sums over the rows of a strip, in `memory` of the block: each warp stores its part of sum
+// `which`, 0 or 1, and behind a barrier loads the whole.
 template <class Class>
-__device__ __forceinline__ void sum_over_warps(const Group<Class>& group, float* sums,
-                                               float (&values)[Class::kStrips][2]) {
-  const int g = group.lane / 4, t = group.lane % 4;
-  const auto at = [&](int m, int warp, int r) {
-    return sums + (2 * m * kSplitWarps + warp) * kSumsStride + g + 8 * r;
-  };
-  group.each([&](int m) {
+__device__ __forceinline__ float* sum_of_strip(const Group<Class>& group, float* memory, int strip,
+                                               int which, int warp) {
+  return memory + ((2 * strip + which) * kSplitWarps + warp) * kSumsStride + group.lane / 4;
+}
+template <class Class>
+__device__ __forceinline__ void store_sums(const Group<Class>& group, float* memory, int strip,
+                                           int which, const float (&values)[2]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float sum = sum_of_row(values[m][r]);
-      if (t == 0) store_shared(at(m, group.warp, r), sum);
-    }
-  });
-  sync_threads();
-  const int warps = group.p.encoder.warps;
-  group.each([&](int m) {
+  for (int r = 0; r < 2; ++r) {
+    const float sum = sum_of_row(values[r]);
+    float* to = sum_of_strip(group, memory, strip, which, group.warp) + 8 * r;
+    if (group.lane % 4 == 0) store_shared(to, sum);
+  }
+}
+template <class Class>
+__device__ __forceinline__ void load_sums(const Group<Class>& group, float* memory, int strip,
+                                          int which, float (&values)[2]) {
+  const int t = group.lane % 4, warps = group.p.encoder.warps;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = t < warps ? load_shared(at(m, t, r)) : 0.0f;
-      if (t + 4 < warps) sum += load_shared(at(m, t + 4, r));
-      values[m][r] = sum_of_row(sum);
+  for (int r = 0; r < 2; ++r) {
+    float sum =
+        t < warps ? load_shared(sum_of_strip(group, memory, strip, which, t) + 8 * r) : 0.0f;
+    if (t + 4 < warps) sum += load_shared(sum_of_strip(group, memory, strip, which, t + 4) + 8 * r);
+    values[r] = sum_of_row(sum);
+  }
+}
+
+// Columns of a strip that only pad become 0, or the row's mean: then they add nothing to a sum, or
+// to one of squares. What they hold in between is nobody's affair, since weights of padded columns
+// are 0.
+template <class Class>
+__device__ __forceinline__ void set_padded_columns(const Group<Class>& group,
+                                                   const float (&values)[2],
+                                                   float (&tiles)[Class::kTiles][2][4]) {
+  const int columns = group.p.encoder.d_model - group.first_tile() * kTile;  // the warp's
+  if (columns >= Class::kTiles * kTile) return;
+  const int left = columns - 8 * (group.lane % 4);
+#pragma unroll
+  for (int i = 0; i < Class::kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (32 * (i / 2) + 4 * (i % 2) + 2 * (j / 4) + j % 2 >= left)
+        tiles[i][j / 4][j % 4] = values[j % 4 / 2];
     }
-  });
+  }
 }
 
 template <class Class>
 using GroupTiles = float[Class::kStrips][Class::kTiles][2][4];
 
-// Columns that only pad become 0, or the row's mean: then they add nothing to a sum, or to one of
-// squares. What they hold in between is nobody's affair, since weights of padded columns are 0.
-template <class Class>
-__device__ __forceinline__ void set_padded_columns(const Group<Class>& group,
-                                                   const float (&values)[Class::kStrips][2],
-                                                   GroupTiles<Class>& tiles) {
-  const int columns = group.p.encoder.d_model - group.first_tile() * kTile;  // the warp's
-  if (columns >= Class::kTiles * kTile) return;
-  const int left = columns - 8 * (group.lane % 4);
+// Calls function(strip, tile, layer norm of the tile). `sums` is memory for two sums of each strip,
+// where nothing else may happen before the block meets again. It meets twice in here.
+template <class Class, class Function>
+__device__ __forceinline__ void each_normalized(const Group<Class>& group, float* sums,
+                                                const Vector16* weight, const Vector16* bias,
+                                                float eps, GroupTiles<Class>& tiles,
+                                                Function function) {
+  const float inverse_d = group.p.encoder.inverse_d;
+  const auto load_mean = [&](int m, float (&mean)[2]) {
+    load_sums(group, sums, m, 0, mean);
+    mean[0] *= inverse_d;
+    mean[1] *= inverse_d;
+  };
   group.each([&](int m) {
+    float sum[2] = {0.0f, 0.0f};
+    set_padded_columns(group, sum, tiles[m]);
+#pragma unroll
+    for (int i = 0; i < Class::kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j % 4 / 2] += tiles[m][i][j / 4][j % 4];
+    }
+    store_sums(group, sums, m, 0, sum);
+  });
+  sync_threads();
+  group.each([&](int m) {
+    float mean[2], square[2] = {0.0f, 0.0f};
+    load_mean(m, mean);
+    set_padded_columns(group, mean, tiles[m]);
 #pragma unroll
     for (int i = 0; i < Class::kTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (32 * (i / 2) + 4 * (i % 2) + 2 * (j / 4) + j % 2 >= left)
-          tiles[m][i][j / 4][j % 4] = values[m][j % 4 / 2];
+        const float d = tiles[m][i][j / 4][j % 4] - mean[j % 4 / 2];
+        square[j % 4 / 2] += d * d;
       }
     }
+    store_sums(group, sums, m, 1, square);
   });
-}
-
-template <class Class>
-struct Moments {
-  float mean[Class::kStrips][2], scale[Class::kStrips][2];  // 1 / standard deviation
-};
-
-// Of the rows over all warps; `sums` as above, for two sums. The block meets twice.
-template <class Class>
-__device__ __forceinline__ void row_moments(const Group<Class>& group, float* sums, float eps,
-                                            GroupTiles<Class>& tiles, Moments<Class>& moments) {
-  const EncoderParams& p = group.p.encoder;
-  const auto sum_up = [&](float (&sum)[Class::kStrips][2], auto of) {
-    group.each([&](int m) {
-      float both[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int i = 0; i < Class::kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          both[j % 4 / 2] += of(tiles[m][i][j / 4][j % 4], moments.mean[m][j % 4 / 2]);
-      }
-      sum[m][0] = both[0];
-      sum[m][1] = both[1];
-    });
-  };
-#pragma unroll
-  for (int m = 0; m < Class::kStrips; ++m) moments.mean[m][0] = moments.mean[m][1] = 0.0f;
-  set_padded_columns(group, moments.mean, tiles);
-  sum_up(moments.mean, [](float x, float) { return x; });
-  sum_over_warps(group, sums, moments.mean);
-#pragma unroll
-  for (int m = 0; m < Class::kStrips; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) moments.mean[m][r] *= p.inverse_d;
-  }
-  set_padded_columns(group, moments.mean, tiles);
-  sum_up(moments.scale, [](float x, float mean) { return (x - mean) * (x - mean); });
-  sum_over_warps(group, sums + kSplitWarps * kSumsStride, moments.scale);
-#pragma unroll
-  for (int m = 0; m < Class::kStrips; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      moments.scale[m][r] = rsqrt_approx(moments.scale[m][r] * p.inverse_d + eps);
-  }
-}
-
-// Calls function(strip, tile, layer norm of the tile).
-template <class Class, class Function>
-__device__ __forceinline__ void each_normalized(const Group<Class>& group,
-                                                const Moments<Class>& moments,
-                                                const Vector16* weight, const Vector16* bias,
-                                                GroupTiles<Class>& tiles, Function function) {
+  sync_threads();
   const int first = group.first_tile() * 4 + group.lane % 4;
+  group.each([&](int m) {
+    float mean[2], scale[2];
+    load_mean(m, mean);
+    load_sums(group, sums, m, 1, scale);
 #pragma unroll
-  for (int i = 0; i < Class::kTiles; ++i) {
-    const Vector16 w = load_global(weight + first + i * 4);
-    const Vector16 b = load_global(bias + first + i * 4);
-    group.each([&](int m) {
+    for (int r = 0; r < 2; ++r) scale[r] = rsqrt_approx(scale[r] * inverse_d + eps);
+#pragma unroll
+    for (int i = 0; i < Class::kTiles; ++i) {
+      const Vector16 w = load_global(weight + first + i * 4);
+      const Vector16 b = load_global(bias + first + i * 4);
       float y[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float z = (tiles[m][i][half][j] - moments.mean[m][j / 2]) * moments.scale[m][j / 2];
+          const float z = (tiles[m][i][half][j] - mean[j / 2]) * scale[j / 2];
           y[half][j] =
               z * bits_as_float(w.v[2 * half + j % 2]) + bits_as_float(b.v[2 * half + j % 2]);
         }
       }
       function(m, i, y);
-    });
-    scheduling_fence();
-  }
+      scheduling_fence();
+    }
+  });
 }
 
 }  // namespace seqkernels::cuda

@@ -127,9 +127,7 @@ struct RowNorm {
 template <class Class>
 __device__ __forceinline__ void normalize(const Group<Class>& group, const RowNorm& norm,
                                           GroupTiles<Class>& tiles) {
-  Moments<Class> moments;
-  row_moments(group, norm.sums, norm.eps, tiles, moments);
-  each_normalized(group, moments, norm.weight, norm.bias, tiles,
+  each_normalized(group, norm.sums, norm.weight, norm.bias, norm.eps, tiles,
                   [&](int m, int i, const float (&y)[2][4]) {
                     if (norm.to_shared) {
                       const int tile = m * group.model_tiles() + group.first_tile() + i;

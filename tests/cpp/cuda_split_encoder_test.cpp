@@ -19,7 +19,7 @@ namespace {
 using cuda::SplitStep;
 
 constexpr EncoderDevice kOneMultiprocessor{227 * 1024, 1};  // few sequences at once
-constexpr EncoderDevice kSmall{32 * 1024, 1};               // and little of everything
+constexpr EncoderDevice kSmall{30 * 1024, 1};               // and little of everything
 
 Case wide(const Shape& shape, int64_t length) {
   Case c;
@@ -37,7 +37,7 @@ const std::vector<Shape> kShapes = {{192, 4, 48}, {256, 16, 40}, {160, 8, 32}, {
                                     {192, 2, 96}, {260, 4, 32},  {520, 8, 16}};
 
 void options(Session& session) {
-  Grid grid{kShapes, {1, 7, 16, 17, 40}};
+  Grid grid{kShapes, {1, 7, 16, 33}};
   grid.most_values = 4000;
   for (const Case& c : cover_pairs(grid)) check_problem(session, c);
 }
@@ -106,12 +106,27 @@ void magnitudes(Session& session) {
   }
 }
 
+// Rows far from 0: a padded column that counted would change their variance.
+void offsets(Session& session) {
+  for (const Shape& shape : {Shape{144, 3, 32}, {260, 4, 16}, {520, 8, 16}}) {
+    for (const bool norm_first : {false, true}) {
+      Case c = wide(shape, 17);
+      c.norm_first = norm_first;
+      Problem p(c);
+      for (float& v : p.x) v = rounded_to_bf16(v + 4);
+      session.guard(c, [&](const std::string& what) {
+        session.verdicts.within_bound(forward(p).y, Golden(p), what + " x + 4");
+      });
+    }
+  }
+}
+
 // ---- order, company, memory ----
 
 std::vector<Case> varied() {
-  Case last = wide({160, 5, 80}, 70);
+  Case last = wide({160, 5, 80}, 115);
   last.layers = 2;
-  last.batch = 3;
+  last.batch = 2;
   last.mask = Mask::kLengths;
   last.bf16 = true;
   last.fusion = Fusion::kConcat;
@@ -126,6 +141,10 @@ std::vector<Case> varied() {
   first.mask = Mask::kEmpty;
   first.latest_k = -1;
   first.pool = false;
+  first.length = 70;
+  Case plain = last;  // no norm behind the last layer's
+  plain.layers = 1;
+  plain.final_norm = false;
   Case wider = wide({260, 4, 40}, 35);
   wider.batch = 2;
   wider.mask = Mask::kHoles;
@@ -133,7 +152,7 @@ std::vector<Case> varied() {
   Case widest = wide({520, 8, 16}, 20);
   widest.batch = 2;
   widest.mask = Mask::kLeft;
-  return {last, first, wider, widest};
+  return {last, first, plain, wider, widest};
 }
 
 void schedules(Session& session) {
@@ -175,7 +194,7 @@ void company(Session& session) {
       Setting small;
       small.device = kSmall;
       const Result r = forward(p, small);
-      session.verdicts.check(r.plan.split.group < all.plan.split.group || c.length <= 16,
+      session.verdicts.check(r.plan.split.group < all.plan.split.group,
                              what + ": the small device takes as many strips");
       session.verdicts.same_bits(all.y, r.y, what + ": on a small device");
     });
@@ -253,7 +272,9 @@ void cost(Session& session) {
   c.bf16 = true;
   const Problem p(c);
   session.guard(c, [&](const std::string& what) {
-    const Result r = forward(p);
+    Setting setting;
+    setting.device = kOneMultiprocessor;  // one block a sequence
+    const Result r = forward(p, setting);
     const int64_t needed = products_needed(c, c.length, 4);
     const double ratio =
         static_cast<double>(r.total(&Counters::mma_m16n8k16)) / static_cast<double>(needed);
@@ -269,7 +290,9 @@ void cost(Session& session) {
     const int64_t weights = static_cast<int64_t>(cuda::encoder_packed_bytes(p.shape()));
     const int64_t loaded = r.total(&Counters::dram_load_bytes);
     const int64_t stored = r.total(&Counters::dram_store_bytes);
-    session.verdicts.check(loaded <= rows + 3 * strips + weights && stored == rows + 2 * strips,
+    constexpr int64_t kEnds = 64;  // of sectors that rows share with other memory
+    session.verdicts.check(loaded <= rows + 3 * strips + weights + kEnds &&
+                               stored >= rows + 2 * strips && stored <= rows + 2 * strips + kEnds,
                            what + ": traffic of main memory");
     std::printf(
         "  d 256, L 100, a layer: %lld products (%.3f of those needed), %lld shared wavefronts, "
@@ -292,8 +315,8 @@ void cost(Session& session) {
     const int64_t strips = (valid + 15) / 16;
     session.verdicts.check(strips < 7 && r.total(&Counters::exp2) == 4 * 16 * 16 * strips,
                            what + ": exponentials of rows that nobody reads");
-    // Of the tail: 12 x 12 tiles for the out-projection, 12 x 4 and 4 x 12 behind it.
-    session.verdicts.check(r.launches[2].mma_m16n8k16 == 2 * (12 * 12 + 2 * 12 * 4),
+    // Of the tail: 12 x 12 tiles for the out-projection, 12 x 3 and 3 x 12 behind it.
+    session.verdicts.check(r.launches[2].mma_m16n8k16 == 2 * (12 * 12 + 2 * 12 * 3),
                            what + ": products of rows that nobody reads");
   });
   // No kernel meets bank conflicts.
@@ -343,12 +366,24 @@ void refusals(Session& session) {
           [](EncoderShape& s, EncoderCall&) { s.d_model = 1040; });
   refuses("head_dim: expected at most 128, got 192",
           [](EncoderShape& s, EncoderCall&) { s.nhead = 1; });
-  refuses("x: expected at most 22256 tokens on this device, got 50000",
+  // Heads pad to 16 columns.
+  refuses("nhead: expected at most 128, got 256", [](EncoderShape& s, EncoderCall&) {
+    s.d_model = 256;
+    s.nhead = 256;
+  });
+  refuses("x: expected at most 23024 tokens on this device, got 50000",
           [](EncoderShape&, EncoderCall& call) { call.length = 50000; });
   // What the refusal names is taken.
   const EncoderPlan longest =
-      plan_with([](EncoderShape&, EncoderCall& call) { call.length = 22256; });
+      plan_with([](EncoderShape&, EncoderCall& call) { call.length = 23024; });
   session.verdicts.check(longest.reasons.empty(), "refusals: the longest sequence");
+  const EncoderPlan most_heads = plan_with([](EncoderShape& s, EncoderCall& call) {
+    s.d_model = 1024;
+    s.nhead = 128;
+    call.pool_max = true;
+    call.length = 5000;
+  });
+  session.verdicts.check(most_heads.reasons.empty(), "refusals: as many heads as are taken");
   const EncoderPlan empty = plan_with([](EncoderShape&, EncoderCall& call) { call.batch = 0; });
   session.verdicts.check(empty.reasons.empty() && empty.workspace_bytes == 0,
                          "refusals: an empty batch");
@@ -408,7 +443,9 @@ void defects(Session& session) {
   });
   caught("keys over values", false,
          [](SplitLaunch& l) { l.params.encoder.values = l.params.encoder.keys + 32; });
-  caught("half of the strips", false, [](SplitLaunch& l) { l.params.group -= 2; });
+  caught("strips that nobody brings", false, [](SplitLaunch& l) {
+    if (l.step == SplitStep::kTokens) l.grid -= 1;
+  });
   caught("a head too few", false, [](SplitLaunch& l) {
     if (l.step == SplitStep::kAttention) l.grid -= 1;
   });
@@ -426,6 +463,7 @@ int main(int argc, char** argv) {
                         {"shapes", &shapes},
                         {"softmax", &softmax},
                         {"magnitudes", &magnitudes},
+                        {"offsets", &offsets},
                         {"schedules", &schedules},
                         {"company", &company},
                         {"users", &users},

@@ -51,7 +51,8 @@ struct SplitPlan {
   int instance = -1;      // in split_instances()
   int attention = -1;     // in split_attention_instances()
   int64_t sequences = 0;  // at once: the workspace holds so many, and launches repeat
-  int group = 0;          // strips that a block takes at once
+  int group = 0;          // strips that a block takes at once, at most
+  int blocks = 0;         // that share a sequence's strips
   int warps = 0, attention_warps = 0;
   int64_t tokens_bytes = 0, attention_bytes = 0, tail_bytes = 0;  // of shared memory
 };
