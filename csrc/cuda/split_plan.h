@@ -32,7 +32,7 @@ EncoderLayout split_layout(const EncoderShape& shape);
 void plan_split(const EncoderShape& shape, const EncoderCall& call, const EncoderDevice& device,
                 EncoderPlan& plan);
 
-// The launches of a call on some of its sequences, one after the other.
+// All launches of a call, in their order.
 enum class SplitStep { kTokens, kAttention, kTail };
 struct SplitLaunch {
   SplitStep step;
@@ -44,7 +44,7 @@ std::vector<SplitLaunch> split_launches(const EncoderShape& shape, const Encoder
                                         const EncoderCall& call, const void* packed,
                                         void* workspace);
 
-// Runs them in this order; returns the first error.
+// Runs them; returns the first error.
 std::string launch_split_encoder(const SplitPlan& plan, const std::vector<SplitLaunch>& launches,
                                  void* stream);
 
