@@ -357,7 +357,7 @@ void cost(Session& session) {
       const int64_t valid = std::count(q.valid.begin(), q.valid.end(), uint8_t{1});
       const int64_t told = mask == Mask::kLengths ? 8 * c.batch : rows;
       const int64_t packed = static_cast<int64_t>(cuda::encoder_packed_bytes(q.shape()));
-      const Counters& n = r.counters;
+      const Counters& n = r.launches[0];
       read_with.push_back(n.dram_load_bytes);
       session.verdicts.check(valid < rows && 10 * (n.dram_load_bytes + n.dram_store_bytes) <=
                                                  11 * (valid * row + told + packed + rows * row),
@@ -552,8 +552,8 @@ Outcome run_mistaken(const Problem& p, const Golden& golden, const Result& right
                      const Setting& setting) {
   try {
     const Result r = forward(p, setting);
-    if (r.counters.mistakes == 0) return Outcome::kNotMade;
-    if (r.counters.shared_conflicts() > 0) return Outcome::kNoticed;
+    if (r.launches[0].mistakes == 0) return Outcome::kNotMade;
+    if (r.launches[0].shared_conflicts() > 0) return Outcome::kNoticed;
     if (std::memcmp(r.y.data(), right.y.data(), r.y.size() * sizeof(float)) == 0)
       return Outcome::kEqual;
     Verdicts verdicts;

@@ -103,7 +103,7 @@ def _listings(name: str, arch: str) -> _Listings:
     for section in text.split("Function : ")[1:]:
         kernel = _readable(section.split(maxsplit=1)[0])
         code = parse(section)
-        found.opcodes[kernel] = Counter(instruction.opcode for instruction in code)
+        found.opcodes[kernel] = Counter(instruction.label for instruction in code)
         if kernel == REFERENCE:
             found.reference.extend(code)
     return found

@@ -31,6 +31,12 @@ class Instruction(NamedTuple):
         return self.opcode.partition(".")[0]
 
     @property
+    def label(self) -> str:
+        """The opcode; a move of what is no register says so."""
+        from_register = re.search(r"\bU?R\d+(\.\w+)?$", self.operands.strip())
+        return self.opcode if "MOV" not in self.opcode or from_register else f"{self.opcode} const"
+
+    @property
     def is_conditional(self) -> bool:
         return bool(self.guard) or re.match(r"!?U?P\d", self.operands) is not None
 
@@ -145,7 +151,7 @@ class Flow:
 
     def _best_way(self, region: Loop, trips: Trips, *, is_loop: bool) -> Counter[str]:
         node_of = {k: k for k in region.blocks}
-        cost = {k: Counter(i.opcode for i in self.blocks[k]) for k in region.blocks}
+        cost = {k: Counter(i.label for i in self.blocks[k]) for k in region.blocks}
         for loop in region.inner:
             once = self._best_way(loop, trips, is_loop=True) if trips(loop) else Counter[str]()
             cost[loop.header] = Counter({opcode: trips(loop) * n for opcode, n in once.items()})
@@ -172,8 +178,9 @@ def count(opcodes: Counter[str], prefix: str) -> int:
 
 
 def share_of_moves(opcodes: Counter[str]) -> float:
-    """Moves between registers, those in the guise of a multiply-add too."""
-    return sum(n for opcode, n in opcodes.items() if "MOV" in opcode) / opcodes.total()
+    """Moves between registers, those in the guise of a multiply-add too; no constants."""
+    moves = [n for o, n in opcodes.items() if "MOV" in o and not o.endswith(" const")]
+    return sum(moves) / opcodes.total()
 
 
 def _best(ways: Iterable[Counter[str]]) -> Counter[str]:
