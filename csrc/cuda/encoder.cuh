@@ -222,9 +222,13 @@ __global__ void __launch_bounds__(32 * Class::kWarps, 1)
   if constexpr (Class::kExact) {
     run_sequence<Class>(p, block_index());
   } else {
-    for (int64_t index = block_index(); index < p.batch; index += grid_size()) {
+    // The grid has no block without a sequence. That the first is not asked for tells ptxas that
+    // the warps of a block stay together.
+    for (int64_t index = block_index();;) {
       run_sequence<Class>(p, index);
-      if (index + grid_size() < p.batch) sync_threads();
+      index += grid_size();
+      if (index >= p.batch) break;
+      sync_threads();
     }
   }
 }
