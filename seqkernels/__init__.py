@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from seqkernels import backends, features, models, nn, ops, reference, settings
+from seqkernels.backends import recheck_weights
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.explain import Explained, Explanation, explain, warmup
 from seqkernels.precision import PrecisionDecision, PrecisionPolicy
@@ -39,6 +40,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "recheck_weights",
     "reference",
     "settings",
     "swap",

@@ -262,13 +262,25 @@ def _explain_encoder(
     label, others = _explain_backend("encoder", encoder.backend, x.device.type, x.dtype, size)
     if reasons:
         return DEFINITION, [("fused kernel", tuple(reasons)), *others]
-    if parameter.is_inference():
-        told = (
-            "the weights were made under inference_mode and have no version counter: they are "
-            "packed on every call"
-        )
-        others.append(("packed weights kept", (told,)))
+    if label == "reference" and _asked(encoder.backend) == "auto":
+        return DEFINITION, others  # torch's forward is faster than the reference
+    if isinstance(encoder, TransformerEncoder) and "src" in call:
+        others += _explain_padding(encoder, call)
     return label, others
+
+
+def _explain_padding(encoder: TransformerEncoder, call: dict[str, Any]) -> Why:
+    """Which of its two answers torch has for this batch, where the module follows it."""
+    mask = call.get("src_key_padding_mask")
+    if encoder.padded_output != "stock" or mask is None:
+        return []
+    taken = encoder.padding_of(call["src"], call.get("mask"), mask)
+    other = "zero" if taken == "compute" else "compute"
+    told = (
+        f"padded positions return {taken!r} for this batch, as torch.nn decides for each batch; "
+        "name padded_output='zero' or 'compute' to make them independent of the batch"
+    )
+    return [(f"padded_output={other!r}", (told,))]
 
 
 def _size(
@@ -284,11 +296,16 @@ def _size(
     )
 
 
+def _asked(name: str) -> str:
+    """The backend that counts where a module names this one."""
+    return settings.current.backend if name == "auto" else name
+
+
 def _explain_backend(
     op: str, name: str, device: str, dtype: torch.dtype, size: backends.EncoderSize | None = None
 ) -> tuple[str, Why]:
     """The backend that runs, and every condition that each other one does not meet."""
-    asked = settings.current.backend if name == "auto" else name
+    asked = _asked(name)
     try:
         choice = backends.resolve(op, name, device, dtype, size)
     except BackendUnavailableError as error:

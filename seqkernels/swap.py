@@ -20,7 +20,7 @@ from seqkernels.nn import (
     UserSequenceEncoder,
     read,
 )
-from seqkernels.nn.transformer_encoder import LAYER_TYPES
+from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES
 from seqkernels.ops.resilient_batch_norm import check_bounds
 from seqkernels.precision import Policy, PrecisionPolicy
 from seqkernels.tables import as_text
@@ -35,7 +35,7 @@ _STOCK = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 #: The classes that `swap` gives to modules, and the attributes that come with each.
 _ADDED: dict[type[nn.Module], tuple[str, ...]] = {
-    TransformerEncoder: ("padded_output", "backend", "_alignment_checks"),
+    TransformerEncoder: ("padded_output", "backend"),
     TransformerEncoderLayer: ("padded_output", "backend"),
     ResilientBatchNorm1d: ("min_var", "max_abs", "backend"),
     Linear: ("backend",),
@@ -117,7 +117,7 @@ class SwapReport:
             added = _ADDED.get(type(module))
             if added is not None:
                 module.__class__ = stock
-                for name in added:
+                for name in (*added, "_packed_weights"):
                     module.__dict__.pop(name, None)
 
     def __str__(self) -> str:
@@ -353,9 +353,9 @@ def swap_reasons(module: nn.Module, backend: str = "auto") -> list[str]:
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced on the instance")
     if kind is nn.TransformerEncoder:
-        reasons += read.encoder_reasons(module, LAYER_TYPES)
+        read.read_encoder(module, LAYER_TYPES, reasons, any_mode=True)
     elif kind is nn.TransformerEncoderLayer:
-        reasons += read.layer_reasons(module)
+        read.read_single_layer(module, reasons, any_mode=True)
     elif kind is nn.BatchNorm1d and module._buffers.get("running_mean") is None:
         reasons.append("it has no running statistics (track_running_stats=False)")
     for name, tensor in module.named_parameters(recurse=False):

@@ -41,10 +41,10 @@ def test_it_says_what_runs(cap: str | None, dtype: torch.dtype) -> None:
         backends.calls.clear()
         with torch.inference_mode():
             module(x)
-    assert dict(backends.calls) == {entry.runs: 1}
     others = dict(entry.why_not)
+    assert dict(backends.calls) == ({} if dtype == torch.float64 else {entry.runs: 1})
     if dtype == torch.float64:
-        assert entry.runs == "reference"
+        assert entry.runs == "plain PyTorch"
         assert set(others) == {"cuda", "triton", "cpu"}
         assert others["cpu"] == ("dtype torch.float64, it takes float32 and bfloat16",)
     else:
@@ -85,7 +85,7 @@ def test_a_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failing.runs == "an error: backend 'cpu' cannot run"
     assert failing.why_not == (("cpu", ("it was not built",)),)
     fallback = only(seqkernels.explain(layer()))
-    assert fallback.runs == "reference"
+    assert fallback.runs == "plain PyTorch"
     assert dict(fallback.why_not)["cpu"] == ("it was not built",)
 
 
@@ -169,14 +169,6 @@ def test_without_encoders() -> None:
     explanation = seqkernels.explain(nn.Linear(2, 2))
     assert explanation.entries == ()
     assert str(explanation) == "seqkernels.explain: nothing that seqkernels knows was found"
-
-
-@native
-def test_weights_that_cannot_be_kept_packed_are_told() -> None:
-    with torch.inference_mode():
-        module = layer()
-    entry = only(seqkernels.explain(module, X))
-    assert "packed on every call" in dict(entry.why_not)["packed weights kept"][0]
 
 
 def test_the_module_s_errors_come_through() -> None:

@@ -28,7 +28,7 @@ from seqkernels.backends.cpu import CpuBackend
 from seqkernels.backends.cuda import CudaBackend
 from seqkernels.backends.reference import ReferenceBackend
 from seqkernels.backends.triton import TritonBackend
-from seqkernels.backends.weights import WeightSet, forget, lookup
+from seqkernels.backends.weights import WeightSet, lookup, recheck_weights
 from seqkernels.errors import BackendUnavailableError
 
 __all__ = [
@@ -45,8 +45,8 @@ __all__ = [
     "calls",
     "check_name",
     "choose",
-    "forget",
     "lookup",
+    "recheck_weights",
     "report_fallback",
     "resolve",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import traceback
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import settings
+from seqkernels.backends import native_module
 from seqkernels.backends.call import (
     EncoderCall,
     EncoderOptions,
@@ -25,20 +24,8 @@ from seqkernels.backends.linear_weights import INPUT_NORM, OUTPUT_NORM
 from seqkernels.backends.native_arguments import batch_norm_arguments, encoder_arguments, fp32
 from seqkernels.backends.weights import WeightSet
 
-_native: Any = None
-import_error: str | None = None  # why there is no native module; the whole text
-try:
-    _native = importlib.import_module("seqkernels._native")
-except ModuleNotFoundError as error:
-    import_error = (
-        f"the native module was not built ({error}); install the package with a C++20 compiler"
-    )
-except Exception as error:  # a broken build must not keep the reference from working
-    import_error = (
-        "the native module is there but cannot be loaded: "
-        + "".join(traceback.format_exception_only(error)).strip()
-        + "; rebuild it with `pip install --force-reinstall --no-deps .`"
-    )
+_native: Any = native_module.module
+import_error = native_module.import_error
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _EMULATED = "_emulated"  # such a set is for tests: it is used when named, never chosen

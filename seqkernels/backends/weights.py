@@ -1,16 +1,24 @@
-"""What is derived from the weights of an op, kept as long as the weights live and stay equal.
+"""What is derived from the weights of an op, and how a change of the weights is noticed.
 
-A module hands its plain parameters to the op on each call, so that exported and compiled graphs
-hold parameters and the state dict stays torch's. What a backend derives from them (packed weights)
-rests here, found by the identity of the weight tensors and trusted while each one's address and
-version counter are what they were. That follows ``load_state_dict``, ``.to()``, optimizer steps,
-``p.data = ...`` and in-place edits of a parameter.
+A module owns what backends derived from its weights (packed weights) in a `PackedWeights`, and uses
+it while three things hold:
 
-What escapes a version counter escapes this: in-place edits through ``p.data`` or a NumPy view, and
-steps of torch's optimizers with ``fused=True``. For those there is `forget`; it is called where
-weights are about to change, when a module goes from evaluation to training and when the op records
-gradients. Tensors made under ``torch.inference_mode`` have no counter at all: what is derived from
-them is not kept.
+1. The weights are the same tensors, at the same addresses, with the same version counters, shapes,
+   strides and dtypes. This is looked at on every call. It follows ``load_state_dict``, ``.to()``,
+   ``p.data = ...``, replaced parameters and in-place edits.
+2. Nothing happened that changes weights behind the counters' back: a step of an optimizer (fused
+   ones count no edit), a change between training and evaluation of any module of this package, a
+   backward pass through an op, a call of `recheck_weights`. Each of these moves one number, the
+   `epoch`; after it, the contents are compared with those that were packed.
+3. Where a version counter cannot be trusted, the contents are the same on every call: tensors made
+   under ``torch.inference_mode`` have no counter, and what is part of a larger storage (a flat
+   buffer) may be edited through another part.
+
+What remains unseen are edits through ``p.data``, a NumPy view or another process's shared memory
+between two calls in evaluation mode: `recheck_weights` is there for them.
+
+Graphs (``torch.compile``, ``torch.export``) call an op without a module. What is derived for such a
+call rests in a registry, as long as the weights live.
 """
 
 from __future__ import annotations
@@ -18,16 +26,23 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any, NamedTuple
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from seqkernels.backends import native_module
 
 _data_ptr = Tensor.data_ptr
+_stride = Tensor.stride
 _version = attrgetter("_version")
+_shape = attrgetter("shape")
+_dtype = attrgetter("dtype")
 
 
 class WeightLayout(NamedTuple):
@@ -38,12 +53,105 @@ class WeightLayout(NamedTuple):
     read: Callable[[Sequence[Tensor | None]], Any]  # checks them and returns their sizes
 
 
+Weights = Sequence[Tensor | None]
+
+epoch = 0  # moves when weights may have changed unseen
+_lock = threading.RLock()
+
+
+def recheck_weights() -> None:
+    """Let every module compare the contents of its weights with what it packed, once.
+
+    The next call of each module does so, and packs again only what differs. Needed after an edit
+    that torch does not count, such as ``p.data.mul_(2)`` or a write through a NumPy view, in a
+    module that stays in eval mode.
+
+    Examples
+    --------
+    >>> import seqkernels
+    >>> seqkernels.recheck_weights()
+    """
+    global epoch
+    epoch += 1
+
+
+def _renew_lock() -> None:
+    """Another thread may have held the lock at the fork; it does not exist in the child."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+_watches_optimizers = False
+
+
+def _watch_optimizers() -> None:
+    """Let every optimizer's step count as a change, once there is something to compare."""
+    global _watches_optimizers
+    if not _watches_optimizers:
+        _watches_optimizers = True
+        register_optimizer_step_post_hook(lambda *_: recheck_weights())
+
+
+def _fingerprint(present: list[Tensor]) -> tuple[list[Any], ...] | None:
+    """What an edit changes, None for tensors that do not count their versions."""
+    try:
+        versions = list(map(_version, present))
+    except RuntimeError:
+        if not any(w.is_inference() for w in present):
+            raise
+        return None
+    return (
+        list(map(_data_ptr, present)),
+        versions,
+        list(map(_shape, present)),
+        list(map(_stride, present)),
+        list(map(_dtype, present)),
+    )
+
+
+def _content(present: list[Tensor]) -> int | None:
+    """A hash of all bytes; None away from the CPU, where looking would wait for the device."""
+    blocks = []
+    for weight in present:
+        if weight.device.type != "cpu":
+            return None
+        blocks.append(weight.detach().contiguous())
+    if _native_hash is not None:
+        sizes = [b.numel() * b.element_size() for b in blocks]
+        return int(_native_hash([b.data_ptr() for b in blocks], sizes))
+    value = 0
+    for block in blocks:
+        value = zlib.crc32(block.reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+_native_hash: Callable[[list[int], list[int]], int] | None = getattr(
+    native_module.module, "content_hash", None
+)
+
+
+def _shares_storage(weight: Tensor) -> bool:
+    """Whether its storage holds more than the weight."""
+    return weight.untyped_storage().nbytes() != weight.numel() * weight.element_size()
+
+
 class WeightSet:
     """The sizes an op read off its weights, and what backends derived from their present values."""
 
-    __slots__ = ("_derived", "_references", "_storages", "complete", "fingerprint", "shape")
+    __slots__ = (
+        "__weakref__",
+        "_content",
+        "_derived",
+        "_epoch",
+        "_fingerprint",
+        "_storages",
+        "_watched",
+        "shape",
+    )
 
-    def __init__(self, layout: WeightLayout, weights: Sequence[Tensor | None]) -> None:
+    def __init__(self, layout: WeightLayout, weights: Weights) -> None:
         self.shape: Any = layout.read(weights)
         for index, weight in enumerate(weights):
             if weight is not None and hasattr(weight, "__tensor_flatten__"):
@@ -51,20 +159,28 @@ class WeightSet:
                     f"{layout.op}: weights: expected a plain tensor for "
                     f"{layout.name(index, len(weights))}, got a {type(weight).__name__}"
                 )
-        self.complete = all(w is not None for w in weights)
-        self.fingerprint: list[int] | None = None
-        self._references: list[weakref.ref[Tensor]] = []
-        self._storages: list[torch.UntypedStorage] = []
+        present = [w for w in weights if w is not None]
+        # In this order: a change while this runs is noticed by the next call.
+        self._epoch = epoch
+        self._fingerprint = _fingerprint(present)
+        self._content = _content(present)
+        # Held so that no other storage can come to lie at an address seen before.
+        self._storages = [w.untyped_storage() for w in present]
+        self._watched = self._fingerprint is None or any(map(_shares_storage, present))
         self._derived: dict[Hashable, Any] = {}
+        _watch_optimizers()
 
-    def keep(self, weights: Sequence[Tensor], fingerprint: list[int], key: tuple[int, ...]) -> None:
-        """Enter the cache under `key`, until one of the weights dies."""
-        self.fingerprint = fingerprint
-        # The storages are held so that a new one cannot come to lie at an address seen before.
-        self._storages = [w.untyped_storage() for w in weights]
-        # pop(key, reference): the dying reference serves as the default.
-        self._references = [weakref.ref(w, partial(_sets.pop, key)) for w in weights]
-        _sets[key] = self
+    def is_current(self, weights: Weights) -> bool:
+        """Whether these weights, the same tensors as at first, still are what they were."""
+        present = [w for w in weights if w is not None]
+        if self._fingerprint is not None and self._fingerprint != _fingerprint(present):
+            return False
+        now = epoch
+        if self._watched or self._epoch != now:
+            if self._content is None or self._content != _content(present):
+                return False
+            self._epoch = now
+        return True
 
     def derived(self, key: Hashable, make: Callable[..., Any], *arguments: Any) -> Any:
         """What `make(*arguments)` returned for `key`; made by one thread, once."""
@@ -77,55 +193,91 @@ class WeightSet:
         return value
 
 
-_sets: dict[tuple[int, ...], WeightSet] = {}
-_lock = threading.RLock()
+class PackedWeights:
+    """What a module owns beside its parameters: a `WeightSet` for each op that it calls.
 
-
-def _renew_lock() -> None:
-    """Another thread may have held the lock at the fork; in the child nobody would release it."""
-    global _lock
-    _lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
-
-def lookup(layout: WeightLayout, weights: Sequence[Tensor | None]) -> WeightSet:
-    """The `WeightSet` of these weights, checked and new where they are new or have changed."""
-    key = tuple(map(id, weights))
-    found = _sets.get(key)
-    if found is not None and found.complete:
-        present: Sequence[Tensor] = weights  # type: ignore[assignment]
-    else:
-        present = [w for w in weights if w is not None]
-    try:
-        fingerprint = list(map(_data_ptr, present)) + list(map(_version, present))
-    except RuntimeError:
-        if not any(w.is_inference() for w in present):
-            raise
-        return WeightSet(layout, weights)  # no version counters: nothing to trust on the next call
-    if found is not None and found.fingerprint == fingerprint:
-        return found
-    with _lock:
-        found = _sets.get(key)
-        if found is None or found.fingerprint != fingerprint:
-            found = WeightSet(layout, weights)
-            found.keep(present, fingerprint, key)
-    return found
-
-
-def forget(weights: Sequence[Tensor | None] | None = None) -> None:
-    """Drop what is kept for these weights, or for all.
-
-    Needed only after an edit that torch does not count, such as ``p.data.mul_(2)``, in a module
-    that stays in eval mode.
-
-    Examples
-    --------
-    >>> from seqkernels import backends
-    >>> backends.forget()
+    It holds the weights themselves, so that no other tensor can take the identity of one.
     """
-    if weights is None:
-        _sets.clear()
-    else:
-        _sets.pop(tuple(map(id, weights)), None)
+
+    __slots__ = ("_sets",)
+
+    def __init__(self) -> None:
+        self._sets: dict[Hashable, tuple[list[Tensor | None], WeightSet]] = {}
+
+    def lookup(self, layout: WeightLayout, weights: Weights, part: Hashable = None) -> WeightSet:
+        """The `WeightSet` of these weights, new where they are new or have changed.
+
+        `part` tells the calls of a module apart that has several.
+        """
+        kept = self._sets.get(part)
+        if kept is not None and _same(kept[0], weights) and kept[1].is_current(weights):
+            return kept[1]
+        with _lock:
+            kept = self._sets.get(part)
+            if kept is None or not (_same(kept[0], weights) and kept[1].is_current(weights)):
+                self._sets.pop(part, None)  # freed before its successor is made
+                kept = self._sets[part] = (list(weights), WeightSet(layout, weights))
+        return kept[1]
+
+    def clear(self) -> None:
+        """Drop everything; the next call packs again."""
+        self._sets = {}
+
+
+def _same(kept: list[Tensor | None], weights: Weights) -> bool:
+    return len(kept) == len(weights) and all(map(is_, kept, weights))
+
+
+class Owner(Protocol):
+    """A module that owns what is derived from its weights."""
+
+    @property
+    def _packed(self) -> PackedWeights: ...
+
+
+class _Caller(threading.local):
+    """What the module owns that calls an op through torch's dispatcher."""
+
+    packed: PackedWeights | None = None
+
+
+_caller = _Caller()
+
+
+class owned_by:
+    """Let the ops called within use what a module owns."""
+
+    __slots__ = ("_before", "_packed")
+
+    def __init__(self, packed: PackedWeights) -> None:
+        self._packed = packed
+
+    def __enter__(self) -> None:
+        self._before = _caller.packed
+        _caller.packed = self._packed
+
+    def __exit__(self, *_: object) -> None:
+        _caller.packed = self._before
+
+
+#: Of graphs' calls, by the weights' identity; an entry goes when one of its weights dies.
+_registry: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], WeightSet]] = {}
+
+
+def lookup(layout: WeightLayout, weights: Weights) -> WeightSet:
+    """The `WeightSet` of a call: its module's, or the registry's for a call without one."""
+    if _caller.packed is not None:
+        return _caller.packed.lookup(layout, weights)
+    key = tuple(map(id, weights))
+    kept = _registry.get(key)
+    if kept is not None and kept[1].is_current(weights):
+        return kept[1]
+    with _lock:
+        kept = _registry.get(key)
+        if kept is None or not kept[1].is_current(weights):
+            made = WeightSet(layout, weights)
+            # pop(key, reference): the dying reference serves as the default.
+            pop = partial(_registry.pop, key)
+            references = [weakref.ref(w, pop) for w in weights if w is not None]
+            kept = _registry[key] = (references, made)
+    return kept[1]

@@ -14,6 +14,7 @@ from seqkernels.backends.linear_weights import LAYOUT, OUTPUT_NORM
 from seqkernels.backends.weights import lookup
 from seqkernels.nn import read
 from seqkernels.nn.linear import Linear
+from seqkernels.nn.owner import Owner
 from seqkernels.nn.resilient_batch_norm import ResilientBatchNorm1d
 from seqkernels.ops.library import nobody_listens
 from seqkernels.reference.linear import ChannelNorm, fold_norm, fold_reasons
@@ -52,7 +53,7 @@ class Step:
         return self.kind != "module" and len(self.names) > 1
 
 
-class FusedSequential(nn.Sequential):
+class FusedSequential(Owner, nn.Sequential):
     """``torch.nn.Sequential`` with its chains fused in evaluation.
 
     Wherever these follow each other they run as one op, without their intermediate results::
@@ -84,6 +85,8 @@ class FusedSequential(nn.Sequential):
     torch.Size([5, 32])
     """
 
+    _twin = nn.Sequential
+
     @classmethod
     def _adopt(cls, module: nn.Module) -> FusedSequential:
         """Turn this instance of torch's class into one of this class."""
@@ -110,7 +113,7 @@ class FusedSequential(nn.Sequential):
 
     def reasons(self, x: Tensor | None = None) -> list[str]:
         """Every reason why a call with this input runs its members one by one; empty if none."""
-        reasons = []
+        reasons = read.process_reasons()
         if x is not None and x.dim() != 2:
             reasons.append(f"{x.dim()}-D input: a batch norm's channels are its dimension 1")
         if self.training:
@@ -119,7 +122,7 @@ class FusedSequential(nn.Sequential):
             reasons.append("torch.jit.trace is recording, which cannot record the op")
         for name, member in self._modules.items():
             if isinstance(member, nn.Linear | nn.modules.batchnorm._BatchNorm):
-                reasons += read.hook_reasons(member, name)
+                reasons += read.module_reasons(member, name)
             if member.training and isinstance(member, nn.modules.batchnorm._BatchNorm):
                 reasons.append(f"{name} is in training mode")
             elif isinstance(member, ResilientBatchNorm1d) and member.running_mean is None:
@@ -128,7 +131,13 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Run the members, chains as one."""
-        if self.training or read.is_tracing() or not isinstance(input, Tensor) or input.dim() != 2:
+        if (
+            self.training
+            or read.is_tracing()
+            or not isinstance(input, Tensor)
+            or input.dim() != 2
+            or read.process_reasons()
+        ):
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
         x = input
         for step in self.steps():
@@ -138,11 +147,7 @@ class FusedSequential(nn.Sequential):
 
 def _plain(module: nn.Module | None) -> bool:
     """Whether nothing but its own forward would run for it."""
-    return (
-        module is not None
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and "forward" not in module.__dict__
-    )
+    return module is not None and not read.module_reasons(module, "")
 
 
 def _norm(module: nn.Module | None, any_mode: bool) -> ResilientBatchNorm1d | None:

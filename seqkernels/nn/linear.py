@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from seqkernels import backends, ops
 from seqkernels.nn import read
-from seqkernels.nn.transformer_encoder import shallow_clone
+from seqkernels.nn.owner import Owner, shallow_clone
 
 _NO_NORMS: list[Tensor | None] = [None] * 8
 
 
-class Linear(nn.Linear):
+class Linear(Owner, nn.Linear):
     """``torch.nn.Linear`` with bf16 operands and fp32 sums in evaluation.
 
     ::
@@ -50,6 +50,8 @@ class Linear(nn.Linear):
     """
 
     backend: str
+    _twin = nn.Linear
+    _added = ("backend",)
 
     def __init__(
         self,
@@ -86,12 +88,6 @@ class Linear(nn.Linear):
         assert isinstance(module, cls)
         module.backend = backend
         return module
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, as in torch.nn; when training begins the packed weights are dropped."""
-        if mode and not self.training:
-            backends.forget([self.weight, self.bias, *_NO_NORMS])
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Show the options torch's class does not have."""

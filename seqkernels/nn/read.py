@@ -1,8 +1,9 @@
-"""Reads what the op ``encoder`` needs off torch's encoder modules, or why it cannot be had.
+"""Reads what the op ``encoder`` needs off torch's encoder modules, and why it cannot be had.
 
-`read_layer` and `read_encoder` run on every call, so that whatever was done to the modules since
-the last one (weights, hooks, options, submodules replaced) counts; they are written to take about
-two microseconds a layer. The ``*_reasons`` functions find out at leisure why reading failed.
+There is one reader. It runs on every call, so that whatever was done to the modules since the last
+one counts: weights, modes, hooks, options, replaced methods and submodules. It appends to `reasons`
+all that keeps the op from standing for the modules; `swap` and `explain` ask the same reader. It is
+written to take a few microseconds per layer.
 """
 
 from __future__ import annotations
@@ -16,14 +17,9 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-Weights = list[Tensor | None]
+from seqkernels.backends.encoder_weights import LAYOUT
 
-# Names of this module: an attribute of torch.nn takes twice as long to find on every call.
-_Attention = nn.MultiheadAttention
-_OutProjection = NonDynamicallyQuantizableLinear
-_Linear = nn.Linear
-_LayerNorm = nn.LayerNorm
-_Dropout = nn.Dropout
+Weights = list[Tensor | None]
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -32,19 +28,21 @@ _FUNCTIONS: dict[Any, str] = {
     F.leaky_relu: "leaky_relu",
 }
 _NEGATIVE_SLOPE = 0.01  # torch's default
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
 
-#: The submodules of a layer that the op stands for, by name, with the types it knows.
-_PARTS: dict[str, type[nn.Module]] = {
-    "self_attn": nn.MultiheadAttention,
-    "linear1": nn.Linear,
-    "dropout": nn.Dropout,
-    "linear2": nn.Linear,
-    "norm1": nn.LayerNorm,
-    "norm2": nn.LayerNorm,
-    "dropout1": nn.Dropout,
-    "dropout2": nn.Dropout,
-}
+#: The submodules of a layer that the op stands for, with the types it knows, and whether their
+#: mode changes what they compute.
+_PARTS: tuple[tuple[str, type[nn.Module], bool], ...] = (
+    ("self_attn", nn.MultiheadAttention, True),
+    ("linear1", nn.Linear, False),
+    ("dropout", nn.Dropout, True),
+    ("linear2", nn.Linear, False),
+    ("norm1", nn.LayerNorm, False),
+    ("norm2", nn.LayerNorm, False),
+    ("dropout1", nn.Dropout, True),
+    ("dropout2", nn.Dropout, True),
+)
+_BLOCKS = ("_sa_block", "_ff_block")
 
 
 class Layer(NamedTuple):
@@ -107,44 +105,110 @@ def activation_from_name(name: str) -> Callable[[Tensor], Tensor] | nn.Module:
     return made[name]()  # type: ignore[no-any-return]
 
 
-def read_layer(layer: nn.Module, weights: Weights) -> Layer | None:
-    """Append a layer's twelve weights and return its options, or None if the op cannot take it."""
+_watched: list[tuple[type[nn.Module], str, Any]] = []
+
+
+def watch(kind: type[nn.Module], *methods: str) -> None:
+    """Notice from now on if one of these methods is replaced on the class."""
+    for name in methods:
+        method = getattr(kind, name)
+        # One that is not torch's nor ours was replaced before this package was imported.
+        known = method.__module__.partition(".")[0] in ("torch", "seqkernels")
+        _watched.append((kind, name, method if known else None))
+
+
+for _kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoder):
+    watch(_kind, "forward")
+watch(nn.TransformerEncoderLayer, "forward", *_BLOCKS)
+
+
+def process_reasons() -> list[str]:
+    """Why no op may stand for several modules at present, whichever they are."""
+    reasons = []
+    for kind, name, method in _watched:
+        if getattr(kind, name) is not method:
+            reasons.append(f"{kind.__name__}.{name} was replaced on the class")
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        reasons.append("global forward hooks are registered, which would not run for submodules")
+    return reasons
+
+
+def module_reasons(module: nn.Module, path: str, *methods: str) -> list[str]:
+    """Why an op may not stand for this module: something else than its own forward would run."""
+    own = module.__dict__
+    reasons = replaced_methods(module, path, "forward", *methods)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        reasons.append(f"{path} has forward hooks, which would not run")
+    return reasons
+
+
+def replaced_methods(module: nn.Module, path: str, *methods: str) -> list[str]:
+    """Which of these methods were replaced on the instance."""
+    own = module.__dict__
+    return [f"{path}.{name} was replaced on the instance" for name in methods if name in own]
+
+
+def read_layer(
+    layer: nn.Module,
+    weights: Weights,
+    reasons: list[str],
+    *,
+    path: str = "layer",
+    any_mode: bool = False,
+) -> Layer | None:
+    """Append a layer's twelve weights, and return its options.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        A ``TransformerEncoderLayer``, torch's or this package's.
+    weights : list of Tensor or None
+        Gets the weights.
+    reasons : list of str
+        Gets every reason why the op cannot take the layer.
+    path : str
+        What the layer is called in the reasons.
+    any_mode : bool
+        Whether parts in training mode count as if they were not.
+
+    Returns
+    -------
+    Layer or None
+        ``None`` where parts of the layer are missing. To be used only without reasons.
+    """
+    parts: dict[str, Any] = layer._modules
+    for name, kind, has_mode in _PARTS:
+        part = parts.get(name)
+        if type(part) is not kind:
+            reasons.append(_other_part(part, f"{path}.{name}", kind))
+        elif has_mode and part.training and not any_mode:
+            reasons.append(f"{path}.{name} is in training mode")
+    for name, part in parts.items():
+        if part is not None:
+            reasons += module_reasons(part, f"{path}.{name}")
+    attention: Any = parts.get("self_attn")
+    out: Any = attention._modules.get("out_proj") if isinstance(attention, nn.Module) else None
+    if type(out) is not NonDynamicallyQuantizableLinear:
+        kind = NonDynamicallyQuantizableLinear
+        reasons.append(_other_part(out, f"{path}.self_attn.out_proj", kind))
+    else:
+        reasons += module_reasons(out, f"{path}.self_attn.out_proj")
+    activation = activation_name(getattr(layer, "activation", None))
+    if activation is None:
+        reasons.append(_other_activation(layer, path))
     try:
-        parts = layer._modules
-        attention: Any = parts["self_attn"]
-        linear1: Any = parts["linear1"]
-        linear2: Any = parts["linear2"]
-        norm1: Any = parts["norm1"]
-        norm2: Any = parts["norm2"]
-        dropout: Any = parts["dropout"]
-        dropout1: Any = parts["dropout1"]
-        dropout2: Any = parts["dropout2"]
-        out: Any = attention._modules["out_proj"]
-        if (
-            type(attention) is not _Attention
-            or type(out) is not _OutProjection
-            or type(linear1) is not _Linear
-            or type(linear2) is not _Linear
-            or type(norm1) is not _LayerNorm
-            or type(norm2) is not _LayerNorm
-            or type(dropout) is not _Dropout
-            or type(dropout1) is not _Dropout
-            or type(dropout2) is not _Dropout
-            or attention.training
-            or dropout.training
-            or dropout1.training
-            or dropout2.training
-            or norm1.eps != norm2.eps
-            or attention.add_zero_attn
-            or attention.bias_k is not None
-        ):
-            return None
-        for part in parts.values():
-            if part._forward_hooks or part._forward_pre_hooks:  # type: ignore[union-attr]
-                return None
-        if out._forward_hooks or out._forward_pre_hooks:
-            return None
+        if not attention._qkv_same_embed_dim:
+            reasons.append(f"{path}.self_attn has different widths of query, key and value")
+        if attention.bias_k is not None or attention.bias_v is not None:
+            reasons.append(f"{path}.self_attn has add_bias_kv")
+        if attention.add_zero_attn:
+            reasons.append(f"{path}.self_attn has add_zero_attn")
+        norm1, norm2 = parts["norm1"], parts["norm2"]
+        if norm1.eps != norm2.eps:
+            reasons.append(f"{path}: eps of norm1 and norm2 differ ({norm1.eps}, {norm2.eps})")
         of_attention, of_out = attention._parameters, out._parameters
+        linear1, linear2 = parts["linear1"], parts["linear2"]
         of_linear1, of_linear2 = linear1._parameters, linear2._parameters
         of_norm1, of_norm2 = norm1._parameters, norm2._parameters
         weights += (
@@ -161,45 +225,116 @@ def read_layer(layer: nn.Module, weights: Weights) -> Layer | None:
             of_norm2["weight"],
             of_norm2["bias"],
         )
-    except (KeyError, AttributeError):
+        return Layer(
+            attention.num_heads,
+            activation or ("unknown", 0.0),
+            bool(layer.norm_first),
+            norm1.eps,
+            attention.batch_first,
+            attention.embed_dim,
+            linear1.out_features,
+        )
+    except (AttributeError, KeyError) as error:
+        if isinstance(error, KeyError):
+            reasons.append(f"{path}: {error.args[0]} of a part is not a parameter of its own")
+        elif not reasons:
+            reasons.append(f"{path} is not laid out as torch's layer: {error}")
         return None
-    activation = activation_name(layer.activation)
-    if activation is None:
-        return None
-    return Layer(
-        attention.num_heads,
-        activation,
-        layer.norm_first,  # type: ignore[arg-type]
-        norm1.eps,
-        attention.batch_first,
-        attention.embed_dim,
-        linear1.out_features,
+
+
+def _other_part(part: nn.Module | None, where: str, expected: type[nn.Module]) -> str:
+    if part is None:
+        return f"{where} is missing"
+    if parametrize.is_parametrized(part):
+        return f"{where} is parametrized: its weights are computed on each call"
+    return f"{where} is a {type(part).__name__}, not a torch.nn.{expected.__name__}"
+
+
+def _other_activation(layer: nn.Module, path: str) -> str:
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", type(activation).__name__)
+    return (
+        f"{path}.activation {name!r} is none the kernel knows (relu, gelu, leaky_relu as "
+        "torch's functions or modules)"
     )
 
 
-def read_encoder(encoder: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> Encoder | None:
-    """A ``TransformerEncoder`` as arguments of the op, or None if the op cannot take it."""
+#: Whether torch.jit.trace is recording.
+is_tracing: Callable[[], Any] = torch._C._get_tracing_state
+
+
+def is_traced() -> bool:
+    """Whether tensors may stand for others: in graphs that are traced, and under modes."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def mode_reasons(module: nn.Module) -> list[str]:
+    """Why evaluation is not what this module is set for, or why plain operations are wanted."""
+    if module.training:
+        return ["the module is in training mode; call .eval()"]
+    if is_tracing():
+        return ["torch.jit.trace is recording, which cannot record the op"]
+    return []
+
+
+def weight_reasons(weights: Weights, names: Callable[[int, int], str]) -> list[str]:
+    """Why a kernel cannot read these weights."""
+    reasons = []
+    if not (_PLAIN_TENSORS.issuperset(map(type, weights)) or is_traced()):
+        for index, weight in enumerate(weights):
+            if type(weight) not in _PLAIN_TENSORS:
+                name = names(index, len(weights))
+                reasons.append(f"{name} is a {type(weight).__name__}, not a plain tensor")
+    first = weights[0]
+    if first is not None and first.is_meta:
+        reasons.append("its weights are on the meta device (moved there between calls)")
+    return reasons
+
+
+def read_encoder(
+    encoder: nn.Module,
+    layer_types: tuple[type[nn.Module], ...],
+    reasons: list[str],
+    *,
+    any_mode: bool = False,
+) -> Encoder | None:
+    """A ``TransformerEncoder`` as arguments of the op; see `read_layer`."""
     weights: Weights = []
     options: Layer | None = None
-    for layer in encoder._modules["layers"]._modules.values():  # type: ignore[union-attr]
-        assert layer is not None
-        if type(layer) not in layer_types or layer._forward_hooks or layer._forward_pre_hooks:
-            return None
-        read = read_layer(layer, weights)
-        if read is None or layer.training or (options is not None and options != read):
-            return None
-        options = read
+    reasons += process_reasons()
+    layers: dict[str, Any] = getattr(encoder._modules.get("layers"), "_modules", {})
+    if not layers:
+        reasons.append("it has no layers")
+        return None
+    for name, layer in layers.items():
+        path = f"layers.{name}"
+        if type(layer) not in layer_types:
+            kind = type(layer)
+            reasons.append(
+                f"{path} is a {kind.__module__}.{kind.__qualname__}, "
+                "not a torch.nn.TransformerEncoderLayer itself"
+            )
+            continue
+        reasons += module_reasons(layer, path, *_BLOCKS)
+        if layer.training and not any_mode:
+            reasons.append(f"{path} is in training mode")
+        read = read_layer(layer, weights, reasons, path=path, any_mode=any_mode)
+        if read is not None and options is not None and options != read:
+            different = [f for f, a, b in zip(Layer._fields, read, options, strict=True) if a != b]
+            reasons.append(f"{path} differs from layers.0 in {', '.join(different)}")
+        options = options or read
     if options is None:
         return None
     norm: Any = encoder._modules.get("norm")
     final_eps, outside = options.eps, norm is not None
     if (
-        type(norm) is _LayerNorm
+        type(norm) is nn.LayerNorm
         and norm.normalized_shape == (options.d_model,)
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        and not module_reasons(norm, "norm")
     ):
         weights += (norm._parameters["weight"], norm._parameters["bias"])
         final_eps, outside = norm.eps, False
+    reasons += weight_reasons(weights, LAYOUT.name)
     return Encoder(
         weights,
         options.nhead,
@@ -212,124 +347,24 @@ def read_encoder(encoder: nn.Module, layer_types: tuple[type[nn.Module], ...]) -
     )
 
 
-def hook_reasons(module: nn.Module, path: str) -> list[str]:
-    """Why a module may not be replaced by part of an op: it has hooks, or is not plain."""
-    reasons = []
-    if module._forward_hooks or module._forward_pre_hooks:
-        reasons.append(f"{path} has forward hooks, which would not run")
-    if module._backward_hooks or module._backward_pre_hooks:
-        reasons.append(f"{path} has backward hooks, which would not run")
-    if "forward" in module.__dict__:
-        reasons.append(f"{path}.forward was replaced on the instance")
-    if parametrize.is_parametrized(module):
-        reasons.append(f"{path} is parametrized: its weights are computed on each call")
-    for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) not in _PLAIN_TENSORS:
-            reasons.append(f"{path}.{name} is a {type(parameter).__name__}, not a plain tensor")
-    return reasons
-
-
-def layer_reasons(layer: nn.Module, *, path: str = "layer") -> list[str]:
-    """Every reason why the op cannot take this layer; empty if it can."""
-    reasons = []
-    for name, expected in _PARTS.items():
-        part = layer._modules.get(name)
-        where = f"{path}.{name}"
-        if part is None:
-            reasons.append(f"{where} is missing")
-        elif type(part) is not expected and not parametrize.is_parametrized(part):
-            reasons.append(
-                f"{where} is a {type(part).__name__}, not a torch.nn.{expected.__name__}"
-            )
-        else:
-            key = "in_proj_weight" if name == "self_attn" else "weight"
-            if not name.startswith("dropout") and key not in part._parameters:
-                reasons.append(f"{where}.{key} is not a parameter of its own")
-    for name, part in layer._modules.items():
-        if part is not None:
-            reasons += hook_reasons(part, f"{path}.{name}")
-    attention: Any = layer._modules.get("self_attn")
-    if type(attention) is nn.MultiheadAttention:
-        out = attention._modules.get("out_proj")
-        if type(out) is not NonDynamicallyQuantizableLinear:
-            reasons.append(f"{path}.self_attn.out_proj is a {type(out).__name__}")
-        else:
-            reasons += hook_reasons(out, f"{path}.self_attn.out_proj")
-        if not attention._qkv_same_embed_dim:
-            reasons.append(f"{path}.self_attn has different widths of query, key and value")
-        if attention.bias_k is not None or attention.bias_v is not None:
-            reasons.append(f"{path}.self_attn has add_bias_kv")
-        if attention.add_zero_attn:
-            reasons.append(f"{path}.self_attn has add_zero_attn")
-    norms: list[Any] = [layer._modules.get("norm1"), layer._modules.get("norm2")]
-    if all(type(n) is nn.LayerNorm for n in norms) and norms[0].eps != norms[1].eps:
-        reasons.append(f"{path}: eps of norm1 and norm2 differ ({norms[0].eps}, {norms[1].eps})")
-    activation = getattr(layer, "activation", None)
-    if activation_name(activation) is None:
-        name = getattr(activation, "__name__", type(activation).__name__)
-        reasons.append(
-            f"{path}.activation {name!r} is none the kernel knows (relu, gelu, leaky_relu as "
-            "torch's functions or modules)"
-        )
-    return reasons
-
-
-#: Whether torch.jit.trace is recording.
-is_tracing: Callable[[], Any] = torch._C._get_tracing_state
-
-
-def mode_reasons(module: nn.Module) -> list[str]:
-    """Why evaluation is not what this module is set for, or why plain operations are wanted."""
-    if module.training:
-        return ["the module is in training mode; call .eval()"]
-    if is_tracing():
-        return ["torch.jit.trace is recording, which cannot record the op"]
-    # MultiheadAttention reads its own flag; the others' does not change what they compute.
-    inner = sorted(
-        name
-        for name, part in module.named_modules()
-        if part.training and isinstance(part, nn.Dropout | nn.MultiheadAttention)
-    )
-    return [f"in training mode: {', '.join(inner)}"] if inner else []
-
-
-def encoder_reasons(encoder: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> list[str]:
-    """Every reason why the op cannot take this encoder; empty if it can."""
-    reasons = []
-    first: Layer | None = None
-    layers = list(encoder.layers)  # type: ignore[arg-type]
-    if not layers:
-        return ["it has no layers"]
-    for i, layer in enumerate(layers):
-        path = f"layers.{i}"
-        if type(layer) not in layer_types:
-            reasons.append(
-                f"{path} is a {type(layer).__module__}.{type(layer).__qualname__}, "
-                "not a torch.nn.TransformerEncoderLayer itself"
-            )
-            continue
-        reasons += hook_reasons(layer, path)
-        reasons += layer_reasons(layer, path=path)
-        options = _options(layer)
-        if options is not None and first is not None and options != first:
-            different = [f for f, a, b in zip(Layer._fields, options, first, strict=True) if a != b]
-            reasons.append(f"{path} differs from layers.0 in {', '.join(different)}")
-        first = first or options
-    return reasons
-
-
-def _options(layer: nn.Module) -> Layer | None:
-    """As `read_layer`, without its conditions."""
-    parts: dict[str, Any] = dict(layer._modules)
-    try:
-        return Layer(
-            parts["self_attn"].num_heads,
-            activation_name(layer.activation) or ("unknown", 0.0),
-            bool(layer.norm_first),
-            parts["norm1"].eps,
-            parts["self_attn"].batch_first,
-            parts["self_attn"].embed_dim,
-            parts["linear1"].out_features,
-        )
-    except (AttributeError, KeyError):
+def read_single_layer(
+    layer: nn.Module, reasons: list[str], *, any_mode: bool = False
+) -> Encoder | None:
+    """A ``TransformerEncoderLayer`` on its own as arguments of the op; see `read_layer`."""
+    weights: Weights = []
+    reasons += process_reasons()
+    reasons += replaced_methods(layer, "layer", *_BLOCKS)  # hooks and forward are its caller's
+    read = read_layer(layer, weights, reasons, any_mode=any_mode)
+    if read is None:
         return None
+    reasons += weight_reasons(weights, LAYOUT.name)
+    return Encoder(
+        weights,
+        read.nhead,
+        *read.activation,
+        read.norm_first,
+        read.eps,
+        read.eps,
+        read.batch_first,
+        False,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.batch_norm_health import BatchNormHealth, examine
-from seqkernels.nn.transformer_encoder import shallow_clone
+from seqkernels.nn.owner import Owner, shallow_clone
 from seqkernels.ops.resilient_batch_norm import check_bounds, check_x
 from seqkernels.reference import resilient_batch_norm as reference
 from seqkernels.reference.resilient_batch_norm import batch_statistics, is_bounded
@@ -29,7 +29,7 @@ def _check_options(eps: float, min_var: float, max_abs: float, backend: str) -> 
     backends.check_name(backend, f"{_NAME}: backend")
 
 
-class ResilientBatchNorm1d(nn.BatchNorm1d):
+class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
     """Batch norm within bounds; ``torch.nn.BatchNorm1d`` where there are none.
 
     ::
@@ -89,6 +89,8 @@ class ResilientBatchNorm1d(nn.BatchNorm1d):
     min_var: float
     max_abs: float
     backend: str
+    _twin = nn.BatchNorm1d
+    _added = ("min_var", "max_abs", "backend")
 
     def __init__(
         self,
@@ -193,6 +195,14 @@ class ResilientBatchNorm1d(nn.BatchNorm1d):
             reasons.append("there are no running statistics (track_running_stats=False)")
         return reasons
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead: torch's batch norm, without bounds."""
+        if is_bounded(self.min_var, self.max_abs):
+            raise TypeError(
+                f"{_NAME}: torch.jit.script knows no bounds; torch.export and torch.compile do"
+            )
+        return super().__prepare_scriptable__()
+
     def health(self) -> BatchNormHealth:
         """Say which channels have running statistics that normalize nothing, or explode.
 
@@ -271,7 +281,7 @@ class ResilientBatchNorm1d(nn.BatchNorm1d):
                 return made
             return tensor.to(made.device, torch.float32)
 
-        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(keep, recurse)
 
 
 #: What is adopted: exactly one of these.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,20 @@ from torch.nn import functional as F
 
 from seqkernels import backends, ops
 from seqkernels.nn import read
-from seqkernels.nn.transformer_encoder import (
-    LAYER_TYPES,
-    TransformerEncoder,
-    TransformerEncoderLayer,
+from seqkernels.nn.owner import Owner, as_fx_leaf
+from seqkernels.nn.transformer_encoder import TransformerEncoder
+from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES, TransformerEncoderLayer
+from seqkernels.ops.encoder_checks import (
+    check_inputs,
+    check_summary,
+    ignored_by_lengths,
+    split_mask,
 )
-from seqkernels.ops.encoder import check_inputs, check_summary, ignored_positions
 from seqkernels.ops.request_scoring import check_user_index
 from seqkernels.reference.encoder import fuse, summarize
 
 
-class UserSequenceEncoder(nn.Module):
+class UserSequenceEncoder(Owner):
     """Encode a user's events for a candidate item and return short- and long-term interest.
 
     The events, each joined with the candidate (early fusion), pass a Transformer encoder; what
@@ -184,7 +187,8 @@ class UserSequenceEncoder(nn.Module):
         candidate : Tensor, optional
             [B, C], of the same dtype; ``None`` with ``fusion="none"``.
         key_padding_mask : Tensor, optional
-            [B, L], bool (True: ignore) or floating (0: keep, -inf: ignore).
+            [B, L], bool (True: ignore) or floating (-9000 or less: ignore; other values are added
+            to the scores, by the definition).
         lengths : Tensor, optional
             [B] int32 or int64: the first ``lengths[b]`` events are valid. At most one of the two.
 
@@ -194,9 +198,14 @@ class UserSequenceEncoder(nn.Module):
             [B, out_dim], or [B, L', D] with ``latest_k=None`` (L' = L + 1 with
             ``fusion="append"``), in the dtype of `events`.
         """
-        now = self._readable()
+        node = as_fx_leaf(self, events, candidate, key_padding_mask, lengths)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
+        reasons: Any = []
+        now = self._read(reasons)
         if now is not None:
-            return ops.apply_encoder(
+            out = ops.apply_encoder(
+                self,
                 events,
                 candidate,
                 now.weights,
@@ -204,7 +213,10 @@ class UserSequenceEncoder(nn.Module):
                 lengths,
                 *self._options(now),
             )
-        self._report("encoder")
+            if isinstance(out, Tensor):
+                return out
+            reasons = out
+        self._report("encoder", reasons)
         return self._definition(events, candidate, key_padding_mask, lengths)
 
     def score_candidates(
@@ -275,9 +287,11 @@ class UserSequenceEncoder(nn.Module):
             user_index = torch.zeros(
                 candidates.shape[0], dtype=torch.int64, device=candidates.device
             )
-        now = self._readable()
+        reasons: Any = []
+        now = self._read(reasons)
         if now is not None:
-            return ops.apply_request_scoring(
+            out = ops.apply_request_scoring(
+                self,
                 events,
                 candidates,
                 user_index,
@@ -286,7 +300,10 @@ class UserSequenceEncoder(nn.Module):
                 lengths,
                 *self._options(now),
             )
-        self._report("request_scoring")
+            if isinstance(out, Tensor):
+                return out
+            reasons = out
+        self._report("request_scoring", reasons)
         check_user_index(user_index, events.shape[0])
         return self._definition(
             events[user_index],
@@ -295,15 +312,20 @@ class UserSequenceEncoder(nn.Module):
             None if lengths is None else lengths[user_index],
         )
 
-    def _readable(self) -> read.Encoder | None:
-        """The encoder as arguments of an op, None where a call has to run the definition."""
+    def _read(self, reasons: list[str], *, any_mode: bool = False) -> read.Encoder | None:
+        """The encoder as arguments of an op; without one, `reasons` gets the reasons."""
         encoder = self.encoder
-        if self.training or encoder.training or read.is_tracing():
-            return None
-        now = read.read_encoder(encoder, LAYER_TYPES)
-        if now is None or now.norm_outside or encoder._forward_hooks or encoder._forward_pre_hooks:
-            return None
-        return now
+        if not any_mode:
+            reasons += read.mode_reasons(self)
+            if encoder.training and not self.training:
+                reasons.append("encoder is in training mode")
+        reasons += read.module_reasons(encoder, "encoder")
+        now = read.read_encoder(encoder, LAYER_TYPES, reasons, any_mode=any_mode)
+        if now is not None and now.norm_outside:
+            norm: Any = encoder.norm
+            kind = type(norm).__name__
+            reasons += read.module_reasons(norm, "encoder.norm") or [f"encoder.norm is a {kind}"]
+        return None if reasons else now
 
     def _options(self, now: read.Encoder) -> tuple[Any, ...]:
         """What both ops take behind their tensors."""
@@ -322,20 +344,15 @@ class UserSequenceEncoder(nn.Module):
             self.backend,
         )
 
-    def _report(self, op: str) -> None:
-        reasons = self.fallback_reasons()
-        if reasons and not (self.training and torch.is_grad_enabled()):
-            backends.report_fallback(op, self.backend, reasons)
+    def _report(self, op: str, reasons: Sequence[str]) -> None:
+        # Training with gradients is what the definition is for, not a fallback.
+        if not (self.training and torch.is_grad_enabled()):
+            backends.report_fallback(op, self.backend, list(reasons))
 
     def fallback_reasons(self) -> list[str]:
         """Every reason why a call runs the definition; empty if none."""
         reasons = read.mode_reasons(self)
-        reasons += read.hook_reasons(self.encoder, "encoder")
-        reasons += read.encoder_reasons(self.encoder, LAYER_TYPES)
-        if type(self.encoder.norm) not in (nn.LayerNorm, type(None)):
-            reasons.append(f"encoder.norm is a {type(self.encoder.norm).__name__}")
-        elif self.encoder.norm is not None:
-            reasons += read.hook_reasons(self.encoder.norm, "encoder.norm")
+        self._read(reasons, any_mode=self.training)
         return reasons
 
     def _definition(
@@ -355,12 +372,23 @@ class UserSequenceEncoder(nn.Module):
             self.d_model,
             next(self.parameters()).device,
         )
-        ignored = ignored_positions(events, key_padding_mask, lengths)
+        if lengths is not None:
+            mask: Tensor | None = ignored_by_lengths(events, lengths)
+        else:
+            mask = key_padding_mask
+        ignored, bias = split_mask(mask)
         valid = torch.ones(events.shape[:2], dtype=torch.bool, device=events.device)
         if ignored is not None:
             valid = ~ignored
         tokens, valid = fuse(events, candidate, valid, self.fusion, self.order)
-        h: Tensor = self.encoder(tokens, src_key_padding_mask=None if ignored is None else ~valid)
+        mask = None if ignored is None else ~valid
+        if bias is not None:
+            mask = bias
+            if self.fusion == "append":
+                mask = F.pad(bias, (1, 0) if self.order == "latest_first" else (0, 1))
+        h: Tensor = self.encoder(tokens, src_key_padding_mask=mask)
         if self.latest_k is None:
             return h
+        if not tokens.shape[1]:
+            return h.sum(1).repeat(1, self.latest_k + (self.pool == "max"))  # zeros
         return summarize(h, valid, self.pool_padding, self.order, self.latest_k, self.pool)

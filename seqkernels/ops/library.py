@@ -16,6 +16,29 @@ LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untype
 # Older versions of torch do not have it.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _C: Any = torch._C
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+NEEDS_GRADIENT = (
+    "gradients are to be recorded (grad mode is on and an input or a weight requires grad); "
+    "call it under torch.inference_mode() or torch.no_grad()"
+)
+
+
+def records_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a call on these is to be differentiable."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether a call on `x` runs now and on values: no graph is traced, nothing transforms it."""
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not _C._len_torch_dispatch_stack()
+        and not _C._get_tracing_state()
+        and not _C._functorch.peek_interpreter_stack()
+    )
 
 
 def nobody_listens(x: Tensor) -> bool:
@@ -26,13 +49,9 @@ def nobody_listens(x: Tensor) -> bool:
     and for devices other than the CPU.
     """
     return (
-        type(x) is Tensor
+        is_eager(x)
         and x.is_cpu
-        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and not _C._len_torch_dispatch_stack()
         and not _C._len_torch_function_stack()
-        and not _C._get_tracing_state()
-        and not _C._functorch.peek_interpreter_stack()
         and not _C._autograd._profiler_enabled()
     )

@@ -151,7 +151,7 @@ def _differentiable(
     )
     _check_x(x, shape)
     backends.check_name(backend, f"{_OP}: backend")
-    backends.forget(weights)  # a step of an optimizer may follow, and fused ones are not counted
+    backends.recheck_weights()  # a step of an optimizer may follow, and fused ones are not counted
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
         backends.report_fallback(_OP, backend, [_NEEDS_GRADIENT])
     result = reference_backend.linear(x, weights, options)

@@ -19,31 +19,36 @@ from torch import Tensor
 
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
-from seqkernels.backends.call import EncoderCall
+from seqkernels.backends.call import EncoderCall, EncoderOptions
 from seqkernels.backends.encoder_weights import LAYOUT, EncoderShape, read_shape
-from seqkernels.backends.weights import lookup
-from seqkernels.ops.encoder import (
+from seqkernels.backends.weights import Owner, WeightSet, lookup, owned_by, recheck_weights
+from seqkernels.ops.encoder import HAS_BIAS, Checked, choose, of_mask
+from seqkernels.ops.encoder_checks import (
     Names,
-    bool_mask,
     check_candidate,
     check_events,
+    check_is_dense,
+    check_is_tensor,
     check_lengths,
     check_options,
     check_validity,
     checked_options,
-    choose_encoder,
-    ignored_positions,
+    ignored_by_lengths,
     is_plain,
 )
-from seqkernels.ops.library import LIBRARY, NAMESPACE, is_exporting, nobody_listens
+from seqkernels.ops.library import (
+    LIBRARY,
+    NAMESPACE,
+    NEEDS_GRADIENT,
+    is_eager,
+    is_exporting,
+    nobody_listens,
+    records_gradients,
+)
 
 _OP = "request_scoring"
 _NAMES = Names(_OP, "events", "candidates", "U")
 _INDEX_DTYPES = (torch.int64, torch.int32)
-_NEEDS_GRADIENT = (
-    "gradients are to be recorded (grad mode is on and an input or a weight requires grad); "
-    "call it under torch.inference_mode() or torch.no_grad()"
-)
 
 LIBRARY.define(
     "request_scoring(Tensor events, Tensor candidates, Tensor user_index, Tensor?[] weights, "
@@ -67,6 +72,8 @@ def _check_inputs(
     check_events(events, shape.device, _NAMES)
     if fusion == "none":
         raise ValueError(f"{_OP}: fusion: expected 'concat' or 'append', got 'none'")
+    check_is_tensor(candidates, f"{_OP}: candidates")
+    check_is_tensor(user_index, f"{_OP}: user_index")
     if candidates.dim() != 2:
         raise ValueError(
             f"{_OP}: candidates: expected shape [N, C], got shape {tuple(candidates.shape)}"
@@ -85,10 +92,6 @@ def _check_inputs(
             f"got {user_index.device}"
         )
     check_validity(events, mask, lengths, _NAMES)
-    if events.shape[1] == 0 and candidates.shape[0] and fusion != "append":
-        raise ValueError(
-            f"{_OP}: events: expected at least one event, got shape {tuple(events.shape)}"
-        )
 
 
 def check_user_index(user_index: Tensor, users: int) -> None:
@@ -112,6 +115,62 @@ def _new_output(
     return events.new_empty((count, length + 1 if fusion == "append" else length, d_model))
 
 
+def _check(
+    weight_set: WeightSet,
+    events: Tensor,
+    candidates: Tensor,
+    user_index: Tensor,
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    *options: Any,
+) -> Checked:
+    shape: EncoderShape = weight_set.shape
+    *of_encoder, backend = options
+    chosen = checked_options(shape.d_model, *of_encoder)
+    fusion = of_encoder[6]
+    _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
+    choice = choose(_OP, backend, events.dtype, weight_set, chosen.nhead)
+    check_user_index(user_index, events.shape[0])
+    if lengths is not None:
+        check_lengths(lengths, events.shape[1], _OP)
+    return of_mask(Checked(weight_set, chosen, key_padding_mask, *choice), _OP)
+
+
+def _execute(
+    checked: Checked,
+    events: Tensor,
+    candidates: Tensor,
+    user_index: Tensor,
+    weights: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    *_, fusion, padding, order, latest_k, pool, _ = options
+    d_model = checked.weight_set.shape.d_model
+    out = _new_output(events, candidates, d_model, fusion, latest_k, pool)
+    if not out.numel() or not (events.shape[1] or fusion == "append"):
+        return out.zero_()  # no candidates, or users without events
+    call = EncoderCall(
+        events if events.stride(2) == 1 else events.contiguous(),
+        candidates if candidates.stride(1) == 1 else candidates.contiguous(),
+        weights,
+        checked.weight_set,
+        checked.mask,
+        None if lengths is None else lengths.to(torch.int64).contiguous(),
+        checked.options,
+        fusion,
+        padding,
+        order,
+        latest_k,
+        pool,
+        out,
+        user_index.to(torch.int64).contiguous(),
+    )
+    result = checked.choice.backend.encoder(call, checked.choice.variant)
+    backends.calls[checked.label] += 1
+    return result
+
+
 def _run(
     events: Tensor,
     candidates: Tensor,
@@ -122,40 +181,12 @@ def _run(
     *options: Any,
 ) -> Tensor:
     weight_set = lookup(LAYOUT, weights)
-    shape: EncoderShape = weight_set.shape
-    nhead, *_, fusion, padding, order, latest_k, pool, backend = options
-    of_model = checked_options(shape.d_model, *options[:-1])
-    _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
-    choice, label = choose_encoder(_OP, backend, events.dtype, shape, nhead)
-    mask = key_padding_mask
-    if mask is not None and mask.dtype is not torch.bool:
-        mask = bool_mask(mask, _OP)
-    check_user_index(user_index, events.shape[0])
-    if lengths is not None:
-        check_lengths(lengths, events.shape[1], _OP)
-        lengths = lengths.to(torch.int64).contiguous()
-    out = _new_output(events, candidates, shape.d_model, fusion, latest_k, pool)
-    if candidates.shape[0] == 0:
-        return out
-    call = EncoderCall(
-        events if events.stride(2) == 1 else events.contiguous(),
-        candidates if candidates.stride(1) == 1 else candidates.contiguous(),
-        weights,
-        weight_set,
-        mask,
-        lengths,
-        of_model,
-        fusion,
-        padding,
-        order,
-        latest_k,
-        pool,
-        out,
-        user_index.to(torch.int64).contiguous(),
+    checked = _check(
+        weight_set, events, candidates, user_index, key_padding_mask, lengths, *options
     )
-    result = choice.backend.encoder(call, choice.variant)
-    backends.calls[label] += 1
-    return result
+    if checked.only_reference == (HAS_BIAS,):
+        backends.report_fallback(_OP, options[-1], checked.only_reference)
+    return _execute(checked, events, candidates, user_index, weights, lengths, *options)
 
 
 def _fake(
@@ -184,11 +215,7 @@ def _autograd(
     weights: Sequence[Tensor | None],
     *arguments: Any,
 ) -> Tensor:
-    if torch.is_grad_enabled() and (
-        events.requires_grad
-        or candidates.requires_grad
-        or any(w is not None and w.requires_grad for w in weights)
-    ):
+    if records_gradients(events, candidates, *weights):
         return _differentiable(events, candidates, user_index, weights, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return request_scoring(events, candidates, user_index, weights, *arguments)
@@ -214,18 +241,17 @@ def _differentiable(
         *options,
     )
     check_user_index(user_index, events.shape[0])
-    backends.forget(weights)  # a step of an optimizer may follow, and fused ones are not counted
+    recheck_weights()  # a step of an optimizer may follow, and fused ones are not counted
     *of_encoder, fusion, padding, order, latest_k, pool, backend = options
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
-        backends.report_fallback(_OP, backend, [_NEEDS_GRADIENT])
+        backends.report_fallback(_OP, backend, [NEEDS_GRADIENT])
     result = reference_backend.encoder(
         events,
         candidates,
         weights,
-        # Always a bool mask: a traced graph cannot look at the values of the others.
-        ignored_positions(events, key_padding_mask, lengths),
+        key_padding_mask if lengths is None else ignored_by_lengths(events, lengths),
         None,
-        backends.EncoderOptions(*of_encoder),
+        EncoderOptions(*of_encoder),
         fusion,
         padding,
         order,
@@ -246,8 +272,29 @@ torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
 request_scoring: Callable[..., Tensor] = torch.ops.seqkernels.request_scoring.default
 
 
-def apply_request_scoring(events: Tensor, *arguments: Any) -> Tensor:
-    """The op, called without torch's dispatcher where nobody would notice."""
+def apply_request_scoring(
+    owner: Owner,
+    events: Tensor,
+    candidates: Tensor,
+    user_index: Tensor,
+    weights: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    *options: Any,
+) -> Tensor | Sequence[str]:
+    """The op as the module calls it that owns the weights; see `apply_encoder`."""
+    arguments = (events, candidates, user_index)
+    if not is_eager(events):
+        check_is_dense(events, _NAMES)
+        return request_scoring(*arguments, weights, key_padding_mask, lengths, *options)
+    weight_set = owner._packed.lookup(LAYOUT, weights)
+    checked = _check(weight_set, *arguments, key_padding_mask, lengths, *options)
+    if checked.only_reference:
+        return checked.only_reference
     if nobody_listens(events):
-        return _run(events, *arguments)
-    return request_scoring(events, *arguments)
+        return _execute(checked, *arguments, weights, lengths, *options)
+    if records_gradients(events, candidates, *weights):
+        recheck_weights()
+        return (NEEDS_GRADIENT,)
+    with owned_by(owner._packed):
+        return request_scoring(*arguments, weights, key_padding_mask, lengths, *options)

@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _PER_LAYER = 12
+
+#: A floating padding mask ignores where it is not above this. The weight of such a key, relative
+#: to one that is not ignored, is 0 in every floating dtype; -10000 rounded to bf16 counts too.
+IGNORED_BELOW = -9000.0
 _CHOICES = {
     "activation": ("relu", "gelu", "gelu_tanh", "leaky_relu"),
     "fusion": ("none", "concat", "append"),
-    "padding": ("zero", "compute", "exclude"),
+    "padding": ("zero", "compute", "exclude", "stock"),
     "order": ("latest_first", "latest_last"),
     "pool": ("none", "max"),
 }
@@ -63,7 +67,8 @@ def encoder(
         [D]; then, if there is a final norm, its weight and bias [D]. Biases and norm weights may
         be ``None``. They are cast to the dtype of ``x``.
     key_padding_mask : Tensor, optional
-        [B, L], bool (True: ignore) or floating (0: keep, -inf: ignore).
+        [B, L], bool (True: ignore) or floating (-9000 or less: ignore; any other value is added to
+        the scores of that key).
     lengths : Tensor, optional
         [B], integers: the first ``lengths[b]`` events are valid. At most one of the two.
     nhead : int
@@ -84,7 +89,9 @@ def encoder(
         ``"zero"``: padded positions leave the last layer as 0, to which the final norm, if any,
         is then applied. ``"compute"``: padded positions are queries like any other, never keys.
         ``"exclude"``: as ``"zero"``, and they do not enter the pool, which is 0 where a sequence
-        has no valid position. Needs ``pool="max"``.
+        has no valid position. Needs ``pool="max"``. ``"stock"``: what
+        ``torch.nn.TransformerEncoder`` decides per batch: ``"zero"`` if every sequence is padded
+        at its end only, else ``"compute"``. Needs ``fusion="none"`` and ``latest_k=None``.
     order : str
         ``"latest_first"`` or ``"latest_last"``: the end of the sequence that is most recent.
     latest_k : int or None
@@ -99,14 +106,13 @@ def encoder(
     Tensor
         [B, L', D] with L' = L, or L + 1 with ``fusion="append"``; with ``latest_k`` given
         [B, latest_k * D + (D if pool == "max" else 0)]: the window in sequence order, then the
-        pool.
+        pool. Without tokens (L' = 0) a summary is 0.
 
     Raises
     ------
     ValueError
         For an option that is not one of those above, options that exclude each other, missing
-        projections, a mask or lengths of the wrong shape, a floating mask with values other than
-        0 and -inf, or lengths outside [0, L].
+        projections, a mask or lengths of the wrong shape, or lengths outside [0, L].
 
     Notes
     -----
@@ -138,10 +144,16 @@ def encoder(
     _check_combination(candidate, fusion, padding, latest_k, pool)
 
     valid = valid_positions(x, key_padding_mask, lengths)  # [B, L]
-    if padding != "compute":
+    cleared = _cleared(valid, padding)  # [B, L]
+    if cleared is not None:
         # Nothing of a padded slot is read, so that its NaN cannot reach a gradient either.
-        x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        x = x.masked_fill(cleared.unsqueeze(-1), 0.0)
+    bias = None  # [B, L], added to the scores of each key
+    if key_padding_mask is not None and key_padding_mask.is_floating_point():
+        bias = key_padding_mask.masked_fill(~valid, 0.0)
     tokens, valid = fuse(x, candidate, valid, fusion, order)  # [B, L', D], [B, L']
+    if bias is not None and fusion == "append":
+        bias = F.pad(bias, (1, 0) if order == "latest_first" else (0, 1))
 
     cast = [None if w is None else w.to(tokens.dtype) for w in weights]
     num_layers, extra = divmod(len(cast), _PER_LAYER)
@@ -155,6 +167,7 @@ def encoder(
         tokens = _layer(
             tokens,
             valid,
+            bias,
             cast[i * _PER_LAYER : (i + 1) * _PER_LAYER],
             nhead,
             activation,
@@ -162,13 +175,16 @@ def encoder(
             norm_first,
             layer_norm_eps,
         )
-    if padding != "compute":
-        tokens = tokens.masked_fill(~valid.unsqueeze(-1), 0.0)
+    cleared = _cleared(valid, padding)  # [B, L']
+    if cleared is not None:
+        tokens = tokens.masked_fill(cleared.unsqueeze(-1), 0.0)
     if extra:
         tokens = _norm(tokens, cast[-2], cast[-1], final_norm_eps)
 
     if latest_k is None:
         return tokens
+    if not tokens.shape[1]:
+        return tokens.sum(1).repeat(1, latest_k + (pool == "max"))  # zeros, with a gradient
     return summarize(tokens, valid, padding, order, latest_k, pool)
 
 
@@ -190,6 +206,18 @@ def _check_combination(
         )
     if padding == "exclude" and pool != "max":
         raise ValueError(f"encoder: padding: 'exclude' expected pool='max', got pool={pool!r}")
+    if padding == "stock" and (fusion != "none" or latest_k is not None):
+        raise ValueError("encoder: padding: 'stock' expected fusion='none' and latest_k=None")
+
+
+def _cleared(valid: Tensor, padding: str) -> Tensor | None:
+    """[B, L] bool: the positions that leave the last layer as 0; None for no position."""
+    if padding == "compute":
+        return None
+    if padding == "stock":
+        before_a_valid_one = ((~valid).cumsum(1) > 0) & valid
+        return ~valid & ~before_a_valid_one.any()
+    return ~valid
 
 
 def valid_positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
@@ -216,10 +244,7 @@ def valid_positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> T
         )
     if mask.dtype == torch.bool:
         return ~mask
-    kept = mask == 0
-    if not bool((kept | (mask == float("-inf"))).all()):
-        raise ValueError("encoder: key_padding_mask: expected only 0 and -inf, got other values")
-    return kept
+    return ~(mask <= IGNORED_BELOW)  # so that NaN is kept, and seen in the result
 
 
 def fuse(
@@ -240,6 +265,7 @@ def fuse(
 def _layer(
     x: Tensor,
     valid: Tensor,
+    bias: Tensor | None,
     weights: Sequence[Tensor | None],
     nhead: int,
     activation: str,
@@ -247,11 +273,11 @@ def _layer(
     norm_first: bool,
     eps: float,
 ) -> Tensor:
-    """One layer; x [B, L, D], valid [B, L]."""
+    """One layer; x [B, L, D], valid and bias [B, L]."""
     w_in, b_in, w_out, b_out, w1, b1, w2, b2, g1, c1, g2, c2 = weights
 
     def attention(y: Tensor) -> Tensor:
-        return _attention(_linear(y, w_in, b_in), valid, nhead)
+        return _attention(_linear(y, w_in, b_in), valid, bias, nhead)
 
     if norm_first:
         x = x + _linear(attention(_norm(x, g1, c1, eps)), w_out, b_out)
@@ -283,7 +309,7 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _attention(qkv: Tensor, valid: Tensor, nhead: int) -> Tensor:
+def _attention(qkv: Tensor, valid: Tensor, bias: Tensor | None, nhead: int) -> Tensor:
     """Softmax attention over valid keys; qkv [B, L, 3D] -> [B, L, D]."""
     batch, length, width = qkv.shape
     head_dim = width // (3 * nhead)
@@ -293,6 +319,8 @@ def _attention(qkv: Tensor, valid: Tensor, nhead: int) -> Tensor:
 
     ignored = ~valid[:, None, None, :]  # [B, 1, 1, L]
     scores = (q @ k.transpose(-2, -1)) * head_dim**-0.5  # [B, h, L, L]
+    if bias is not None:
+        scores = scores + bias[:, None, None, :].to(scores.dtype)
     # Where every key is ignored a large finite score keeps the softmax finite; its weights are
     # cleared below, so that such a query gets 0 and no gradient of it is NaN.
     lowest = torch.where(ignored.all(-1, keepdim=True), 0.0, float("-inf")).to(scores.dtype)

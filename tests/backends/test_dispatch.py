@@ -158,7 +158,7 @@ def test_without_a_usable_native_module(error: str, told: str) -> None:
     with torch.inference_mode():
         for _ in range(2):
             assert layer(torch.randn(2, 3, 8)).isfinite().all()
-    assert dict(seqkernels.backends.calls) == {"reference": 2}
+    assert not seqkernels.backends.calls  # torch's forward is faster than the reference
     try:
         seqkernels.swap(torch.nn.TransformerEncoderLayer(8, 2, 8), backend="cpu")
     except seqkernels.BackendUnavailableError as unavailable:

@@ -6,7 +6,7 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import seqkernels
-from seqkernels import backends
 from seqkernels.backends import cpu, weights
 
 D, HEADS, FF = 16, 2, 8
@@ -46,12 +45,10 @@ class _Held:
 
 
 @pytest.fixture
-def packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Packing]:
+def packing(monkeypatch: pytest.MonkeyPatch) -> Packing:
     counter = Packing()
     monkeypatch.setattr(cpu, "_pack", counter)
-    backends.forget()
-    yield counter
-    backends.forget()
+    return counter
 
 
 def make(layers: int = 2) -> seqkernels.nn.TransformerEncoder:
@@ -154,6 +151,60 @@ def hidden_edit_between_training_and_evaluation(module: nn.Module) -> None:
     module.eval()
 
 
+def transposed_data(module: nn.Module) -> None:
+    """A view of the same memory: neither the address nor the version shows it."""
+    for layer in module.layers:  # type: ignore[union-attr]
+        weight = layer.self_attn.out_proj.weight  # type: ignore[union-attr]
+        weight.data = weight.data.t()
+
+
+def through_one_vector(module: nn.Module) -> None:
+    """An edit of the vector that the parameters are parts of."""
+    vector = nn.utils.parameters_to_vector(module.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, module.parameters())
+    run(module)
+    vector.mul_(0.9)
+    nn.utils.vector_to_parameters(vector, module.parameters())
+
+
+def a_flat_buffer(module: nn.Module) -> None:
+    """The same without telling the parameters."""
+    vector = nn.utils.parameters_to_vector(module.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, module.parameters())
+    run(module)
+    vector.mul_(0.9)
+
+
+def swapped_tensors(module: nn.Module) -> None:
+    weight = module.layers[0].linear1.weight  # type: ignore[index, union-attr]
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))
+
+
+def hidden_edit_while_one_layer_trains(module: nn.Module) -> None:
+    layer = module.layers[1]  # type: ignore[index]
+    layer.train()  # type: ignore[union-attr]
+    layer.linear1.weight.data.mul_(1.5)  # type: ignore[union-attr]
+    layer.eval()  # type: ignore[union-attr]
+
+
+def warmed_up_in_training_mode(module: nn.Module) -> None:
+    module.train()
+    seqkernels.warmup(module, X)
+    for parameter in module.parameters():
+        parameter.data.mul_(1.1)
+    module.eval()
+
+
+def explained_in_training_mode(module: nn.Module) -> None:
+    module.train()
+    seqkernels.explain(module, X)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    module.eval()
+
+
 def through_vector(module: nn.Module) -> None:
     vector = nn.utils.parameters_to_vector(module.parameters())
     nn.utils.vector_to_parameters(vector * 0.9, module.parameters())
@@ -173,6 +224,13 @@ EDITS = [
     another_submodule,
     hidden_edit_between_training_and_evaluation,
     through_vector,
+    transposed_data,
+    through_one_vector,
+    a_flat_buffer,
+    swapped_tensors,
+    hidden_edit_while_one_layer_trains,
+    warmed_up_in_training_mode,
+    explained_in_training_mode,
 ]
 
 
@@ -200,15 +258,35 @@ def test_a_new_storage_at_an_old_address_is_noticed() -> None:
         assert torch.equal(run(module), fresh(module))
 
 
-@native
-def test_hidden_edits_are_seen_after_forget(packing: Packing) -> None:
+def test_hidden_edits_are_seen_after_a_check() -> None:
     module = make()
     before = run(module)
     for parameter in module.parameters():
-        parameter.data.mul_(1.1)
-    backends.forget()
+        parameter.detach().numpy()[...] *= 1.1
+    seqkernels.recheck_weights()
     assert not torch.equal(run(module), before)
     assert torch.equal(run(module), fresh(module))
+
+
+@native
+def test_a_check_packs_only_what_changed(packing: Packing) -> None:
+    changed, same = make(), make()
+    for module in (changed, same):
+        run(module)
+    changed.layers[0].linear1.weight.data.mul_(1.5)
+    seqkernels.recheck_weights()
+    for module in (changed, same):
+        run(module)
+    assert packing.count == 3
+
+
+def test_a_new_parameter_of_the_same_memory() -> None:
+    """With an identity, an address and a version that were seen before."""
+    module, memory = make(), torch.randn(FF, D)
+    for _ in range(6):
+        module.layers[0].linear1.weight = nn.Parameter(memory.data)
+        assert torch.equal(run(module), fresh(module))
+        memory.mul_(1.5)
 
 
 def test_weights_without_version_counters_are_never_stale() -> None:
@@ -225,21 +303,11 @@ def test_weights_without_version_counters_are_never_stale() -> None:
 
 
 @native
-def test_weights_without_version_counters_are_packed_on_each_call(packing: Packing) -> None:
+def test_weights_without_version_counters_are_packed_once(packing: Packing) -> None:
     with torch.inference_mode():
         module = make()
     run(module)
     run(module)
-    assert packing.count == 2
-    assert not weights._sets
-
-
-@native
-def test_one_packing_serves_modules_that_share_parameters(packing: Packing) -> None:
-    stock = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, HEADS, FF, batch_first=True), 2)
-    stock.eval()
-    run(seqkernels.nn.TransformerEncoder.from_torch(stock))
-    run(seqkernels.nn.TransformerEncoder.from_torch(stock, padded_output="compute"))
     assert packing.count == 1
 
 
@@ -258,12 +326,20 @@ def test_nothing_outlives_the_module(packing: Packing) -> None:
     modules = [make() for _ in range(3)]
     for module in modules:
         run(module)
-    assert len(weights._sets) == len(packing.living) == 3
-    storage = weakref.ref(modules[0].layers[0].linear1.weight)
+    assert len(packing.living) == 3
+    parameter = weakref.ref(modules[0].layers[0].linear1.weight)
     del module, modules
     gc.collect()
-    assert storage() is None
-    assert not weights._sets
+    assert parameter() is None
+    assert not packing.living
+
+
+@native
+@pytest.mark.parametrize("move", [nn.Module.double, nn.Module.bfloat16, nn.Module.share_memory])
+def test_nothing_outlives_a_move(packing: Packing, move: Callable[[nn.Module], None]) -> None:
+    module = make()
+    run(module)
+    move(module)
     assert not packing.living
 
 
@@ -273,7 +349,25 @@ def test_replaced_parameters_drop_what_was_packed(packing: Packing) -> None:
     run(module)
     another_parameter(module)
     run(module)
-    assert len(weights._sets) == len(packing.living) == 1
+    assert len(packing.living) == 1
+
+
+@native
+def test_graphs_find_their_weights_and_lose_them(packing: Packing) -> None:
+    module = make()
+    with torch.no_grad():
+        program = torch.export.export(module, (X,)).module()
+        run(program)
+        run(program)
+        assert packing.count == len(weights._registry) == 1
+        for parameter in program.parameters():
+            parameter.mul_(1.1)
+        run(program)
+        assert packing.count == 2
+    del module, program, parameter
+    gc.collect()
+    assert not weights._registry
+    assert not packing.living
 
 
 @native
@@ -284,7 +378,7 @@ def test_repeated_edits_do_not_accumulate(packing: Packing) -> None:
         run(module)
     gc.collect()
     assert packing.count == 5
-    assert len(weights._sets) == len(packing.living) == 1
+    assert len(packing.living) == 1
 
 
 def test_copies_and_pickles_carry_no_packed_weights() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkernels import backends, ops, reference, settings
+from seqkernels.backends.weights import PackedWeights
 from tests.ops.encoder_call import HEADS, D, arguments, call, weights
 
 IGNORED = torch.arange(7) >= torch.tensor([[7], [3], [0]])
@@ -296,23 +297,34 @@ class Watcher(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+class Owner:
+    def __init__(self) -> None:
+        self._packed = PackedWeights()
+
+
+def apply(*made: Any) -> Any:
+    """As a module calls the op."""
+    return ops.apply_encoder(Owner(), *made)
+
+
 def test_the_dispatcher_is_passed_by_only_where_nobody_looks() -> None:
     made = tuple(arguments().values())
     with torch.inference_mode():
         expected = ops.encoder(*made)
-        assert torch.equal(ops.apply_encoder(*made), expected)
+        assert torch.equal(apply(*made), expected)
         with Watcher() as watcher:
-            assert torch.equal(ops.apply_encoder(*made), expected)
+            assert torch.equal(apply(*made), expected)
         assert ops.encoder in watcher.seen
         with torch.profiler.profile() as profile:
-            ops.apply_encoder(*made)
+            apply(*made)
         assert "seqkernels::encoder" in {event.name for event in profile.events()}
         on_meta = (made[0].to("meta"), None, [w.to("meta") for w in weights() if w is not None])
-        assert ops.apply_encoder(*on_meta, *made[3:]).device.type == "meta"
+        assert ops.encoder(*on_meta, *made[3:]).device.type == "meta"
     wants = made[0].clone().requires_grad_()
-    assert ops.apply_encoder(wants, *made[1:]).requires_grad
+    assert ops.encoder(wants, *made[1:]).requires_grad
+    assert "gradients" in apply(wants, *made[1:])[0]
     with torch.no_grad():
-        assert not ops.apply_encoder(wants, *made[1:]).requires_grad
+        assert not apply(wants, *made[1:]).requires_grad
 
 
 def test_wrapper_subclasses_of_weights_are_refused() -> None:
@@ -327,4 +339,4 @@ def test_wrapper_subclasses_of_weights_are_refused() -> None:
             TypeError, match=r"expected a plain tensor for layers.0.linear1.weight, got a TwoTensor"
         ),
     ):
-        ops.apply_encoder(*arguments(weights=flat).values())
+        apply(*arguments(weights=flat).values())

@@ -423,8 +423,6 @@ def test_gradients_are_those_of_stock_and_finite_for_an_empty_user() -> None:
         ({"lengths": torch.tensor([-1, 0])}, "lengths: expected values"),
         ({"lengths": torch.tensor([1])}, "lengths: expected shape"),
         ({"key_padding_mask": torch.zeros(2, 1).bool()}, "key_padding_mask: expected shape"),
-        ({"key_padding_mask": torch.full((2, 5), -1e9)}, "expected only 0 and -inf"),
-        ({"key_padding_mask": torch.full((2, 5), float("nan"))}, "expected only 0 and -inf"),
         (
             {"key_padding_mask": torch.zeros(2, 5), "lengths": torch.tensor([1, 2])},
             "lengths: expected None beside key_padding_mask",
