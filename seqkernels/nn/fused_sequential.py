@@ -118,8 +118,9 @@ class FusedSequential(Owner, nn.Sequential):
             reasons.append(f"{x.dim()}-D input: a batch norm's channels are its dimension 1")
         if self.training:
             reasons.append("the module is in training mode; call .eval()")
-        if read.is_tracing():
-            reasons.append("torch.jit.trace is recording, which cannot record the op")
+        plain = read.wants_plain_operations()
+        if plain:
+            reasons.append(plain)
         for name, member in self._modules.items():
             if isinstance(member, nn.Linear | nn.modules.batchnorm._BatchNorm):
                 reasons += read.module_reasons(member, name)
@@ -133,7 +134,7 @@ class FusedSequential(Owner, nn.Sequential):
         """Run the members, chains as one."""
         if (
             self.training
-            or read.is_tracing()
+            or read.wants_plain_operations()
             or not isinstance(input, Tensor)
             or input.dim() != 2
             or read.process_reasons()

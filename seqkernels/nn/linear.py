@@ -95,7 +95,7 @@ class Linear(Owner, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Multiply [..., in_features] to [..., out_features]."""
-        if self.training or read.is_tracing():
+        if self.training or read.wants_plain_operations():
             reasons = self.fallback_reasons()
             # Training with gradients is what the definition is for, not a fallback.
             if not (self.training and torch.is_grad_enabled()):

@@ -47,6 +47,10 @@ class Owner(nn.Module):
         """Copies and pickles have no packed weights."""
         return {k: v for k, v in self.__dict__.items() if k != "_packed_weights"}
 
+    def _no_twin_reason(self) -> str:
+        """Why torch's module would compute something else, if it would."""
+        return ""
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles instead: the twin, with the same parameters."""
         return torch_twin(self)
@@ -54,11 +58,12 @@ class Owner(nn.Module):
 
 def become_twin(module: Owner) -> None:
     """Give a module the class of its torch.nn twin, in place; its submodules stay what they are."""
+    reason = module._no_twin_reason()
     twin = module._twin
-    if twin is None:
+    if twin is None or reason:
         raise TypeError(
-            f"{type(module).__name__} has no twin in torch.nn; torch.export and torch.compile take "
-            "it as it is"
+            f"{type(module).__name__}: {reason or 'torch.nn has no such module'}; call restore() on the "
+            "report of swap first, or use torch.export"
         )
     added = (*module._added, "_packed_weights")
     module.__class__ = twin  # type: ignore[assignment]

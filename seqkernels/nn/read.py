@@ -259,8 +259,13 @@ def _other_activation(layer: nn.Module, path: str) -> str:
     )
 
 
-#: Whether torch.jit.trace is recording.
-is_tracing: Callable[[], Any] = torch._C._get_tracing_state
+def wants_plain_operations() -> str:
+    """Who cannot take the op now and needs the definition instead, "" where nobody does."""
+    if torch._C._get_tracing_state():
+        return "torch.jit.trace is recording, which cannot record the op"
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export is recording, and ONNX has no such op"
+    return ""
 
 
 def is_traced() -> bool:
@@ -272,9 +277,8 @@ def mode_reasons(module: nn.Module) -> list[str]:
     """Why evaluation is not what this module is set for, or why plain operations are wanted."""
     if module.training:
         return ["the module is in training mode; call .eval()"]
-    if is_tracing():
-        return ["torch.jit.trace is recording, which cannot record the op"]
-    return []
+    plain = wants_plain_operations()
+    return [plain] if plain else []
 
 
 def weight_reasons(weights: Weights, names: Callable[[int, int], str]) -> list[str]:

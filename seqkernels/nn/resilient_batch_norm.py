@@ -164,7 +164,7 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize [N, C] or [N, C, L]."""
-        if not self.training and not read.is_tracing():
+        if not self.training and not read.wants_plain_operations():
             mean, var = self.running_mean, self.running_var
             if mean is not None and var is not None:
                 return ops.apply_resilient_batch_norm(
@@ -195,13 +195,8 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
             reasons.append("there are no running statistics (track_running_stats=False)")
         return reasons
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead: torch's batch norm, without bounds."""
-        if is_bounded(self.min_var, self.max_abs):
-            raise TypeError(
-                f"{_NAME}: torch.jit.script knows no bounds; torch.export and torch.compile do"
-            )
-        return super().__prepare_scriptable__()
+    def _no_twin_reason(self) -> str:
+        return "torch's has no bounds" if is_bounded(self.min_var, self.max_abs) else ""
 
     def health(self) -> BatchNormHealth:
         """Say which channels have running statistics that normalize nothing, or explode.

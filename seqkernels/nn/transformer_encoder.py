@@ -173,6 +173,8 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
                 if isinstance(out, Tensor):
                     return self.norm(out) if now.norm_outside else out  # type: ignore[misc]
                 reasons = out
+        if src.is_nested:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
         check_causal(mask, is_causal)
         self._report(reasons)
         return self._fall_back(src, mask, src_key_padding_mask, is_causal)
@@ -206,7 +208,7 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
             and not torch.is_autocast_enabled("cuda")  # whatever the device, in torch
             and (
                 is_exporting()
-                or read.is_tracing()
+                or read.wants_plain_operations()
                 or not records_gradients(src, *self.layers[0].parameters())
             )
         )
@@ -222,8 +224,6 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
         is_causal: bool | None,
     ) -> Tensor:
         """Torch's forward, unless it is not finite, cannot be traced or pads another way."""
-        if src.is_nested:
-            return super().forward(src, mask, padding_mask, is_causal)
         ignored = ignored_or_bias(src, padding_mask, self._batch_first())
         if self._is_stocks(src, ignored):
             out = super().forward(src, mask, same_kind(ignored, mask, src.dtype), is_causal)

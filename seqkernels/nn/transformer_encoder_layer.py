@@ -171,6 +171,8 @@ device, dtype
                 if isinstance(out, Tensor):
                     return out
                 reasons = out
+        if src.is_nested:
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         check_causal(src_mask, is_causal)
         self._report(reasons)
         return self._fall_back(src, src_mask, src_key_padding_mask, is_causal)
@@ -187,8 +189,6 @@ device, dtype
         self, src: Tensor, src_mask: Tensor | None, padding_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         """Torch's forward, unless it is not finite or cannot be traced."""
-        if src.is_nested:
-            return super().forward(src, src_mask, padding_mask, is_causal)
         batch_first = self.self_attn.batch_first
         mask = ignored_or_bias(src, padding_mask, batch_first)
         zero = self.padded_output == "zero"
