@@ -25,6 +25,7 @@ PYBIND11_MODULE(_native, m) {
         "Why the named instruction set cannot run here; empty when it can.");
   m.def("processor", &processor_name, "The processor's name.");
   m.def("build_info", &build_info, "Compiler, flags, build type and version of this module.");
+  bind_content_hash(m);
   bind_encoder(m);
   bind_linear(m);
   bind_resilient_batch_norm(m);

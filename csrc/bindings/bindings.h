@@ -65,6 +65,7 @@ ResilientBatchNormCall batch_norm_call(uintptr_t x, bool is_bf16, bool channels_
 EncoderParameters encoder_parameters(const std::vector<std::vector<uintptr_t>>& layers,
                                      const std::vector<uintptr_t>& final_norm);
 
+void bind_content_hash(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_encoder(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
