@@ -35,6 +35,11 @@ def channel_norm(
     return norm._replace(min_var=0.5, max_abs=1.5) if bounded else norm
 
 
+def op_numbers(norm: ChannelNorm) -> list[float]:
+    """Of the op ``linear``: eps, min_var and, if there is a bound, max_abs."""
+    return [n for n in norm[4:] if n != math.inf]
+
+
 @dataclass(frozen=True)
 class LinearCase:
     """A problem of the op ``linear``; norms are "", "exact" or "bounded"."""
@@ -84,7 +89,7 @@ class LinearCase:
         numbers = []
         for norm in norms:
             tensors += [None] * 4 if norm is None else list(norm[:4])
-            numbers.append([] if norm is None else list(norm[4:]))
+            numbers.append([] if norm is None else op_numbers(norm))
         return tensors, *numbers, self.activation, 0.2, backend
 
     def run(self, isa: str, x: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends.call import EncoderOptions
+from seqkernels.ops.library import check_finite
 from seqkernels.reference.encoder import IGNORED_BELOW
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -77,6 +78,12 @@ def check_options(
     check_heads(d_model, nhead)
     check_choice("activation", activation)
     check_summary(fusion, padding, order, latest_k, pool)
+    check_finite(
+        "encoder",
+        negative_slope=negative_slope,
+        layer_norm_eps=layer_norm_eps,
+        final_norm_eps=final_norm_eps,
+    )
     return EncoderOptions(
         nhead, activation, negative_slope, norm_first, layer_norm_eps, final_norm_eps
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,13 @@ def is_eager(x: Tensor) -> bool:
         and not _C._get_tracing_state()
         and not _C._functorch.peek_interpreter_stack()
     )
+
+
+def check_finite(op: str, **arguments: float) -> None:
+    """Raise ValueError for a number that no exported package could hold."""
+    for name, value in arguments.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{op}: {name}: expected a finite number, got {value}")
 
 
 def nobody_listens(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ definition instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,8 +24,14 @@ from seqkernels.backends import reference as reference_backend
 from seqkernels.backends.call import LinearCall, LinearOptions
 from seqkernels.backends.linear_weights import LAYOUT, LinearShape, read_shape
 from seqkernels.backends.weights import lookup
-from seqkernels.ops.library import LIBRARY, NAMESPACE, is_exporting, nobody_listens
-from seqkernels.ops.resilient_batch_norm import check_bounds
+from seqkernels.ops.library import (
+    LIBRARY,
+    NAMESPACE,
+    check_finite,
+    is_exporting,
+    nobody_listens,
+)
+from seqkernels.ops.resilient_batch_norm import check_bounds, limit_of
 from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
 
 _OP = "linear"
@@ -35,7 +42,8 @@ _NEEDS_GRADIENT = (
 )
 
 # weights: weight, bias, then mean, var, weight, bias of the norm in front and of the one behind
-# (None where there is none); input_norm, output_norm: eps, min_var, max_abs, or nothing.
+# (None where there is none); input_norm, output_norm: eps, min_var and, if there is a bound,
+# max_abs; or nothing.
 LIBRARY.define(
     "linear(Tensor x, Tensor?[] weights, float[] input_norm, float[] output_norm, "
     "str activation, float negative_slope, str backend) -> Tensor",
@@ -51,20 +59,30 @@ def _check_options(
     negative_slope: float,
 ) -> LinearOptions:
     """Check everything that is no tensor."""
-    for name, numbers, there in (
-        ("input_norm", input_norm, shape.has_input_norm),
-        ("output_norm", output_norm, shape.has_output_norm),
-    ):
-        if len(numbers) != (3 if there else 0):
-            expected = "(eps, min_var, max_abs)" if there else "nothing, as its tensors are None"
-            raise ValueError(f"{_OP}: {name}: expected {expected}, got {numbers}")
-        if there:
-            check_bounds(f"{_OP}: {name}", *numbers)
+    norms = (
+        _norm_numbers("input_norm", input_norm, shape.has_input_norm),
+        _norm_numbers("output_norm", output_norm, shape.has_output_norm),
+    )
+    check_finite(_OP, negative_slope=negative_slope)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{_OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-    return LinearOptions(input_norm, output_norm, activation, negative_slope)
+    return LinearOptions(*norms, activation, negative_slope)
+
+
+def _norm_numbers(name: str, numbers: tuple[float, ...], there: bool) -> tuple[float, ...]:
+    """Check a norm's numbers; eps, min_var and max_abs, infinite without a bound, or nothing."""
+    if len(numbers) not in ((2, 3) if there else (0,)):
+        expected = "(eps, min_var)" if there else "nothing, as its tensors are None"
+        more = " or (eps, min_var, max_abs)" if there else ""
+        raise ValueError(f"{_OP}: {name}: expected {expected}{more}, got {numbers}")
+    if not there:
+        return ()
+    eps, min_var, *bound = numbers
+    limit = limit_of(f"{_OP}: {name}", bound[0] if bound else None)
+    check_bounds(f"{_OP}: {name}", eps, min_var, limit)
+    return eps, min_var, limit
 
 
 # A model brings the same ones on every call.
@@ -168,6 +186,22 @@ torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
 linear: Callable[..., Tensor] = torch.ops.seqkernels.linear.default
 
 
-def apply_linear(x: Tensor, *arguments: Any) -> Tensor:
-    """The op, called without torch's dispatcher where nobody would notice."""
-    return _run(x, *arguments) if nobody_listens(x) else linear(x, *arguments)
+def apply_linear(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    input_norm: Sequence[float],
+    output_norm: Sequence[float],
+    *options: Any,
+) -> Tensor:
+    """The op, called without torch's dispatcher where nobody would notice.
+
+    Here each norm has the modules' three numbers: ``max_abs`` is infinite without a bound.
+    """
+    norms = _finite(input_norm), _finite(output_norm)
+    call = _run if nobody_listens(x) else linear
+    return call(x, weights, *norms, *options)
+
+
+def _finite(numbers: Sequence[float]) -> Sequence[float]:
+    """A norm's numbers as the op takes them."""
+    return numbers[:2] if numbers and numbers[2] == math.inf else numbers

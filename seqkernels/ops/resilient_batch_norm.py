@@ -17,7 +17,13 @@ from torch import Tensor
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
 from seqkernels.backends.call import ResilientBatchNormCall, ResilientBatchNormOptions
-from seqkernels.ops.library import LIBRARY, NAMESPACE, is_exporting, nobody_listens
+from seqkernels.ops.library import (
+    LIBRARY,
+    NAMESPACE,
+    check_finite,
+    is_exporting,
+    nobody_listens,
+)
 from seqkernels.reference.resilient_batch_norm import ACTIVATIONS, compute_dtype
 
 _OP = "resilient_batch_norm"
@@ -27,9 +33,10 @@ _NEEDS_GRADIENT = (
     "call it under torch.inference_mode() or torch.no_grad()"
 )
 
+# max_abs: None where there is no bound, since a package of AOTInductor cannot hold infinity.
 LIBRARY.define(
     "resilient_batch_norm(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    "float eps, float min_var, float max_abs, str activation, float negative_slope, str backend) "
+    "float eps, float min_var, float? max_abs, str activation, float negative_slope, str backend) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -44,16 +51,27 @@ def check_bounds(name: str, eps: float, min_var: float, max_abs: float) -> None:
         raise ValueError(f"{name}: max_abs: expected a number > 0 or inf, got {max_abs}")
 
 
+def limit_of(name: str, max_abs: float | None) -> float:
+    """The number that an op's argument stands for: infinity where it is None."""
+    if max_abs == math.inf:
+        raise ValueError(
+            f"{name}: max_abs: expected a finite number > 0, or None for no bound, got inf"
+        )
+    return math.inf if max_abs is None else max_abs
+
+
 def _check_options(
-    eps: float, min_var: float, max_abs: float, activation: str, negative_slope: float
+    eps: float, min_var: float, max_abs: float | None, activation: str, negative_slope: float
 ) -> ResilientBatchNormOptions:
     """Check everything that is no tensor."""
-    check_bounds(_OP, eps, min_var, max_abs)
+    limit = limit_of(_OP, max_abs)
+    check_bounds(_OP, eps, min_var, limit)
+    check_finite(_OP, negative_slope=negative_slope)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{_OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-    return ResilientBatchNormOptions(eps, min_var, max_abs, activation, negative_slope)
+    return ResilientBatchNormOptions(eps, min_var, limit, activation, negative_slope)
 
 
 # A model brings the same ones on every call.
@@ -135,7 +153,7 @@ def _run(
     bias: Tensor | None,
     eps: float,
     min_var: float,
-    max_abs: float,
+    max_abs: float | None,
     activation: str,
     negative_slope: float,
     backend: str,
@@ -161,7 +179,7 @@ def _fake(
     bias: Tensor | None,
     eps: float,
     min_var: float,
-    max_abs: float,
+    max_abs: float | None,
     activation: str,
     negative_slope: float,
     backend: str,
@@ -197,7 +215,7 @@ def _differentiable(
     bias: Tensor | None,
     eps: float,
     min_var: float,
-    max_abs: float,
+    max_abs: float | None,
     activation: str,
     negative_slope: float,
     backend: str,
@@ -224,6 +242,14 @@ torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
 resilient_batch_norm: Callable[..., Tensor] = torch.ops.seqkernels.resilient_batch_norm.default
 
 
+_MAX_ABS = 6  # its place among the arguments behind x
+
+
 def apply_resilient_batch_norm(x: Tensor, *arguments: Any) -> Tensor:
-    """The op, called without torch's dispatcher where nobody would notice."""
+    """The op, called without torch's dispatcher where nobody would notice.
+
+    Here ``max_abs`` is the modules' number: infinite without a bound.
+    """
+    if arguments[_MAX_ABS] == math.inf:
+        arguments = (*arguments[:_MAX_ABS], None, *arguments[_MAX_ABS + 1 :])
     return _run(x, *arguments) if nobody_listens(x) else resilient_batch_norm(x, *arguments)

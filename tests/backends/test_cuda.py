@@ -167,7 +167,7 @@ def test_a_candidates_bits_do_not_depend_on_the_others() -> None:
 def batch_norm(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:
     with emulated_cuda() as module:
         before = module.launches()
-        y = ops.resilient_batch_norm(x, *norm, activation, 0.2, "cuda")
+        y = ops.apply_resilient_batch_norm(x, *norm, activation, 0.2, "cuda")
         assert module.launches() == before + 1
     return y
 

@@ -28,6 +28,14 @@ VALUE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"activation": "swish"},
         "activation: expected one of relu, gelu, gelu_tanh, leaky_relu, got 'swish'",
     ),
+    "slope": (
+        {"negative_slope": float("inf")},
+        "negative_slope: expected a finite number, got inf",
+    ),
+    "eps": (
+        {"layer_norm_eps": float("nan")},
+        "layer_norm_eps: expected a finite number, got nan",
+    ),
     "fusion": ({"fusion": "sum"}, "fusion: expected one of none, concat, append, got 'sum'"),
     "padding": (
         {"padding": "nan"},

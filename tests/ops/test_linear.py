@@ -110,7 +110,11 @@ def arguments(**changes: Any) -> list[Any]:
     tensors, *rest = LinearCase(5, 12, 9, "exact", "exact").arguments("auto")
     named = {"x": torch.randn(5, 12), "weights": tensors}
     named |= dict(
-        zip(("input_norm", "output_norm", "activation", "slope", "backend"), rest, strict=True)
+        zip(
+            ("input_norm", "output_norm", "activation", "negative_slope", "backend"),
+            rest,
+            strict=True,
+        )
     )
     at = changes.pop("at", None)
     if at is not None:
@@ -138,7 +142,15 @@ def arguments(**changes: Any) -> list[Any]:
             TypeError,
             "expected a floating dtype for output_norm.bias, got torch.int32",
         ),
-        ({"input_norm": []}, ValueError, "input_norm: expected (eps, min_var, max_abs), got ()"),
+        ({"input_norm": []}, ValueError, "input_norm: expected (eps, min_var) or"),
+        ({"input_norm": [1e-5, 0.0, 1.0, 2.0]}, ValueError, "(eps, min_var, max_abs), got (1e-05,"),
+        ({"output_norm": [0.0, 0.0, math.inf]}, ValueError, "max_abs: expected a finite number >"),
+        ({"output_norm": [math.inf, 0.0]}, ValueError, "output_norm: eps: expected a finite"),
+        (
+            {"negative_slope": -math.inf},
+            ValueError,
+            "negative_slope: expected a finite number, got -inf",
+        ),
         ({"output_norm": [-1.0, 0.0, 1.0]}, ValueError, "output_norm: eps: expected a finite"),
         ({"output_norm": [0.0, math.nan, 1.0]}, ValueError, "output_norm: min_var: expected"),
         ({"output_norm": [0.0, 0.0, 0.0]}, ValueError, "output_norm: max_abs: expected a number"),

@@ -92,6 +92,12 @@ def test_other_dtypes_fall_back(dtype: torch.dtype) -> None:
         ({"eps": -1e-5}, ValueError, "eps: expected a finite number >= 0, got -1e-05"),
         ({"min_var": math.inf}, ValueError, "min_var: expected a finite number >= 0, got inf"),
         ({"max_abs": math.nan}, ValueError, "max_abs: expected a number > 0 or inf, got nan"),
+        (
+            {"max_abs": math.inf},
+            ValueError,
+            "max_abs: expected a finite number > 0, or None for no bound, got inf",
+        ),
+        ({"negative_slope": math.nan}, ValueError, "negative_slope: expected a finite number, got"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of none, relu"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto"),
     ],

@@ -26,7 +26,7 @@ SHAPES = [(37, 1), (97, 16), (64, 35), (5, 700), (9, 5, 100), (3, 33, 64), (3, 6
 def run(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:
     launches.clear()
     with interpreted(), torch.inference_mode():
-        result = ops.resilient_batch_norm(x, *norm, activation, 0.2, "triton")
+        result = ops.apply_resilient_batch_norm(x, *norm, activation, 0.2, "triton")
     assert launches == ["batch_norm"]
     assert result.dtype == x.dtype
     return result
