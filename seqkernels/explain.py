@@ -274,7 +274,8 @@ def _explain_padding(encoder: TransformerEncoder, call: dict[str, Any]) -> Why:
     mask = call.get("src_key_padding_mask")
     if encoder.padded_output != "stock" or mask is None:
         return []
-    taken = encoder.padding_of(call["src"], call.get("mask"), mask)
+    with torch.inference_mode():  # with gradients torch has one answer
+        taken = encoder.padding_of(call["src"], call.get("mask"), mask)
     other = "zero" if taken == "compute" else "compute"
     told = (
         f"padded positions return {taken!r} for this batch, as torch.nn decides for each batch; "

@@ -45,6 +45,7 @@ __all__ = [
     "calls",
     "check_name",
     "choose",
+    "declined",
     "lookup",
     "recheck_weights",
     "report_fallback",
@@ -104,6 +105,13 @@ class Choice(NamedTuple):
     def label(self) -> str:
         """Its key in `calls`."""
         return f"{self.backend.name}/{self.variant}" if self.variant else self.backend.name
+
+
+def declined(choice: Choice) -> tuple[str, ...]:
+    """Why the reference runs a call although nobody asked for it; empty if that is not so."""
+    if choice.backend.name != "reference":
+        return ()
+    return tuple(f"{name}: {reason}" for name, reasons in choice.rejected for reason in reasons)
 
 
 def check_name(name: str, argument: str = "backend") -> None:

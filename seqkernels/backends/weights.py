@@ -239,6 +239,7 @@ class _Caller(threading.local):
     """What the module owns that calls an op through torch's dispatcher."""
 
     packed: PackedWeights | None = None
+    part: Hashable = None
 
 
 _caller = _Caller()
@@ -247,17 +248,17 @@ _caller = _Caller()
 class owned_by:
     """Let the ops called within use what a module owns."""
 
-    __slots__ = ("_before", "_packed")
+    __slots__ = ("_before", "_within")
 
-    def __init__(self, packed: PackedWeights) -> None:
-        self._packed = packed
+    def __init__(self, packed: PackedWeights, part: Hashable = None) -> None:
+        self._within = packed, part
 
     def __enter__(self) -> None:
-        self._before = _caller.packed
-        _caller.packed = self._packed
+        self._before = _caller.packed, _caller.part
+        _caller.packed, _caller.part = self._within
 
     def __exit__(self, *_: object) -> None:
-        _caller.packed = self._before
+        _caller.packed, _caller.part = self._before
 
 
 #: Of graphs' calls, by the weights' identity; an entry goes when one of its weights dies.
@@ -267,7 +268,7 @@ _registry: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], WeightSet]] = 
 def lookup(layout: WeightLayout, weights: Weights) -> WeightSet:
     """The `WeightSet` of a call: its module's, or the registry's for a call without one."""
     if _caller.packed is not None:
-        return _caller.packed.lookup(layout, weights)
+        return _caller.packed.lookup(layout, weights, _caller.part)
     key = tuple(map(id, weights))
     kept = _registry.get(key)
     if kept is not None and kept[1].is_current(weights):

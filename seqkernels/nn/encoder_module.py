@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,17 @@ def is_finite(out: Tensor) -> bool:
         return True
     out = out.detach()
     return bool(out.sum().isfinite()) or bool(out.isfinite().all())
+
+
+def where_finite(out: Tensor, other: Callable[[], Tensor], batch_first: bool) -> Tensor:
+    """Every sequence of `out` that is finite, and the others as `other` computes them."""
+    if is_finite(out):
+        return out
+    if out.dim() < 3:
+        return other()
+    batch = 0 if batch_first else 1
+    finite = out.detach().isfinite().all(-1, keepdim=True).all(1 - batch, keepdim=True)
+    return torch.where(finite, out, other())
 
 
 def check_causal(mask: Tensor | None, is_causal: bool | None) -> None:

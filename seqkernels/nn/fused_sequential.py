@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqkernels import ops
+from seqkernels import backends, ops
 from seqkernels.backends.linear_weights import LAYOUT, OUTPUT_NORM
-from seqkernels.backends.weights import lookup
 from seqkernels.nn import read
 from seqkernels.nn.linear import Linear
 from seqkernels.nn.owner import Owner
@@ -142,7 +141,13 @@ class FusedSequential(Owner, nn.Sequential):
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
         x = input
         for step in self.steps():
-            x = _run(step, x)
+            out = _run(self, step, x)
+            if not isinstance(out, Tensor):  # why torch's modules are faster
+                backends.report_fallback("linear", "auto", list(out))
+                out = x
+                for name in step.names:
+                    out = self._modules[name](out)
+            x = out
         return x
 
 
@@ -218,7 +223,7 @@ def _norm_arguments(norm: ResilientBatchNorm1d | None) -> tuple[list[Tensor | No
     return tensors, [norm.eps, norm.min_var, norm.max_abs]
 
 
-def _run(step: Step, x: Tensor) -> Tensor:
+def _run(owner: FusedSequential, step: Step, x: Tensor) -> Tensor | Sequence[str]:
     linear: Any = step.linear
     if step.kind == "module":
         return linear(x)  # type: ignore[no-any-return]
@@ -232,11 +237,14 @@ def _run(step: Step, x: Tensor) -> Tensor:
     before, before_numbers = _norm_arguments(step.input_norm)
     weights = [linear.weight, linear.bias, *before, *behind]
     if step.kind == "bf16":
-        return ops.apply_linear(x, weights, before_numbers, numbers, *activation, linear.backend)
-    return _torch_product(x, weights, numbers, activation, step)
+        return ops.apply_linear(
+            owner, step.names, x, weights, before_numbers, numbers, *activation, linear.backend
+        )
+    return _torch_product(owner, x, weights, numbers, activation, step)
 
 
 def _torch_product(
+    owner: FusedSequential,
     x: Tensor,
     weights: list[Tensor | None],
     numbers: list[float],
@@ -251,7 +259,8 @@ def _torch_product(
     assert linear is not None
     assert norm is not None
     if nobody_listens(x):
-        folded = lookup(LAYOUT, weights).derived(("fold", *numbers), _fold, norm, weights)
+        weight_set = owner._packed.lookup(LAYOUT, weights, step.names)
+        folded = weight_set.derived(("fold", *numbers), _fold, norm, weights)
         if isinstance(folded, tuple):
             return activate("linear", F.linear(x, *folded), *activation)
     y: Tensor = linear(x)

@@ -101,9 +101,12 @@ class Linear(Owner, nn.Linear):
             if not (self.training and torch.is_grad_enabled()):
                 backends.report_fallback("linear", self.backend, reasons)
             return super().forward(input)
-        return ops.apply_linear(
-            input, [self.weight, self.bias, *_NO_NORMS], [], [], "none", 0.01, self.backend
-        )
+        weights = [self.weight, self.bias, *_NO_NORMS]
+        out = ops.apply_linear(self, None, input, weights, [], [], "none", 0.01, self.backend)
+        if isinstance(out, Tensor):
+            return out
+        backends.report_fallback("linear", self.backend, list(out))
+        return super().forward(input)
 
     def fallback_reasons(self) -> list[str]:
         """Every reason why a call runs the definition; empty if none."""

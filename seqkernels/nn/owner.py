@@ -61,9 +61,10 @@ def become_twin(module: Owner) -> None:
     reason = module._no_twin_reason()
     twin = module._twin
     if twin is None or reason:
+        reason = reason or "torch.nn has no such module"
         raise TypeError(
-            f"{type(module).__name__}: {reason or 'torch.nn has no such module'}; call restore() on the "
-            "report of swap first, or use torch.export"
+            f"{type(module).__name__}: {reason}; use torch.export, or call restore() on the report "
+            "of swap first"
         )
     added = (*module._added, "_packed_weights")
     module.__class__ = twin  # type: ignore[assignment]

@@ -15,9 +15,9 @@ from seqkernels.nn.encoder_module import (
     check_options,
     fill_padding,
     ignored_or_bias,
-    is_finite,
     run_op,
     same_kind,
+    where_finite,
 )
 from seqkernels.nn.owner import as_fx_leaf, shallow_clone
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES, TransformerEncoderLayer
@@ -225,11 +225,16 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
     ) -> Tensor:
         """Torch's forward, unless it is not finite, cannot be traced or pads another way."""
         ignored = ignored_or_bias(src, padding_mask, self._batch_first())
-        if self._is_stocks(src, ignored):
-            out = super().forward(src, mask, same_kind(ignored, mask, src.dtype), is_causal)
-            if (mask is None and ignored is None) or is_finite(out):
-                return out
-        return self._layer_by_layer(src, mask, ignored, is_causal, self._padding(src, mask))
+
+        def by_layers() -> Tensor:
+            return self._layer_by_layer(src, mask, ignored, is_causal, self._padding(src, mask))
+
+        if not self._is_stocks(src, ignored):
+            return by_layers()
+        out = super().forward(src, mask, same_kind(ignored, mask, src.dtype), is_causal)
+        if mask is None and ignored is None:
+            return out
+        return where_finite(out, by_layers, self._batch_first())
 
     def _is_stocks(self, src: Tensor, ignored: Tensor | None) -> bool:
         """Whether torch's forward gives the padded output asked for, and an answer at all."""

@@ -16,9 +16,9 @@ from seqkernels.nn.encoder_module import (
     check_options,
     fill_padding,
     ignored_or_bias,
-    is_finite,
     run_op,
     same_kind,
+    where_finite,
 )
 from seqkernels.nn.owner import as_fx_leaf, shallow_clone
 from seqkernels.ops.encoder_checks import check_heads
@@ -194,11 +194,11 @@ device, dtype
         zero = self.padded_output == "zero"
         x = fill_padding(src, mask, batch_first) if zero else src
         if is_eager(src) and (mask is None or src.device.type == "cpu"):  # to look at values
-            key_mask = same_kind(mask, src_mask, src.dtype)
-            out = super().forward(x, src_mask, key_mask, is_causal)
-            if (mask is None and src_mask is None) or is_finite(out):
-                return fill_padding(out, mask, batch_first) if zero else out
-        out = self._definition(x, src_mask, mask)
+            out = super().forward(x, src_mask, same_kind(mask, src_mask, src.dtype), is_causal)
+            if mask is not None or src_mask is not None:
+                out = where_finite(out, lambda: self._definition(x, src_mask, mask), batch_first)
+        else:
+            out = self._definition(x, src_mask, mask)
         return fill_padding(out, mask, batch_first) if zero else out
 
     def _definition(self, x: Tensor, src_mask: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -204,8 +204,7 @@ class UserSequenceEncoder(Owner):
         reasons: Any = []
         now = self._read(reasons)
         if now is not None:
-            out = ops.apply_encoder(
-                self,
+            arguments = (
                 events,
                 candidate,
                 now.weights,
@@ -213,8 +212,11 @@ class UserSequenceEncoder(Owner):
                 lengths,
                 *self._options(now),
             )
+            out = ops.apply_encoder(self, *arguments)
             if isinstance(out, Tensor):
                 return out
+            if split_mask(key_padding_mask).bias is not None:
+                return ops.encoder(*arguments)  # torch's fused layer takes a bias for a bool mask
             reasons = out
         self._report("encoder", reasons)
         return self._definition(events, candidate, key_padding_mask, lengths)
@@ -290,8 +292,7 @@ class UserSequenceEncoder(Owner):
         reasons: Any = []
         now = self._read(reasons)
         if now is not None:
-            out = ops.apply_request_scoring(
-                self,
+            arguments = (
                 events,
                 candidates,
                 user_index,
@@ -300,8 +301,11 @@ class UserSequenceEncoder(Owner):
                 lengths,
                 *self._options(now),
             )
+            out = ops.apply_request_scoring(self, *arguments)
             if isinstance(out, Tensor):
                 return out
+            if split_mask(key_padding_mask).bias is not None:
+                return ops.request_scoring(*arguments)
             reasons = out
         self._report("request_scoring", reasons)
         check_user_index(user_index, events.shape[0])

@@ -75,9 +75,7 @@ def choose(
     if kind != "cpu":  # whose kernels take every size
         size = backends.EncoderSize(shape.d_model, nhead, shape.dim_feedforward, shape.num_layers)
     choice, label = backends.choose(op, name, kind, dtype, size)
-    if choice.backend.name != "reference":
-        return choice, label, ()
-    return choice, label, tuple(f"{n}: {reason}" for n, why in choice.rejected for reason in why)
+    return choice, label, backends.declined(choice)
 
 
 def of_mask(checked: Checked, op: str) -> Checked:

@@ -12,7 +12,7 @@ definition instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,24 +23,22 @@ from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
 from seqkernels.backends.call import LinearCall, LinearOptions
 from seqkernels.backends.linear_weights import LAYOUT, LinearShape, read_shape
-from seqkernels.backends.weights import lookup
+from seqkernels.backends.weights import Owner, WeightSet, lookup, owned_by, recheck_weights
 from seqkernels.ops.library import (
     LIBRARY,
     NAMESPACE,
+    NEEDS_GRADIENT,
     check_finite,
+    is_eager,
     is_exporting,
     nobody_listens,
+    records_gradients,
 )
 from seqkernels.ops.resilient_batch_norm import check_bounds, limit_of
 from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
 
 _OP = "linear"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NEEDS_GRADIENT = (
-    "gradients are to be recorded (grad mode is on and x or a parameter requires grad); "
-    "call it under torch.inference_mode() or torch.no_grad()"
-)
-
 # weights: weight, bias, then mean, var, weight, bias of the norm in front and of the one behind
 # (None where there is none); input_norm, output_norm: eps, min_var and, if there is a bound,
 # max_abs; or nothing.
@@ -106,17 +104,39 @@ def _run(
     weights: Sequence[Tensor | None],
     input_norm: Sequence[float],
     output_norm: Sequence[float],
+    *options: Any,
+) -> Tensor:
+    weight_set = lookup(LAYOUT, weights)
+    checked = _check(weight_set, x, input_norm, output_norm, *options)
+    return _execute(weight_set, *checked, x, weights)
+
+
+def _check(
+    weight_set: WeightSet,
+    x: Tensor,
+    input_norm: Sequence[float],
+    output_norm: Sequence[float],
     activation: str,
     negative_slope: float,
     backend: str,
-) -> Tensor:
-    weight_set = lookup(LAYOUT, weights)
+) -> tuple[LinearOptions, backends.Choice, str]:
     shape: LinearShape = weight_set.shape
     options = _checked_options(
         shape, tuple(input_norm), tuple(output_norm), activation, negative_slope
     )
     _check_x(x, shape)
-    choice, label = backends.choose(_OP, backend, shape.device.type, x.dtype)
+    return options, *backends.choose(_OP, backend, shape.device.type, x.dtype)
+
+
+def _execute(
+    weight_set: WeightSet,
+    options: LinearOptions,
+    choice: backends.Choice,
+    label: str,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+) -> Tensor:
+    shape: LinearShape = weight_set.shape
     out = x.new_empty((*x.shape[:-1], shape.out_features))
     if not out.numel():
         return out
@@ -147,7 +167,7 @@ def _fake(
 
 
 def _autograd(x: Tensor, weights: Sequence[Tensor | None], *options: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+    if records_gradients(x, *weights):
         return _differentiable(x, weights, *options)
     with torch._C._AutoDispatchBelowAutograd():
         return linear(x, weights, *options)
@@ -169,9 +189,9 @@ def _differentiable(
     )
     _check_x(x, shape)
     backends.check_name(backend, f"{_OP}: backend")
-    backends.recheck_weights()  # a step of an optimizer may follow, and fused ones are not counted
+    recheck_weights()  # a step of an optimizer may follow, and fused ones are not counted
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
-        backends.report_fallback(_OP, backend, [_NEEDS_GRADIENT])
+        backends.report_fallback(_OP, backend, [NEEDS_GRADIENT])
     result = reference_backend.linear(x, weights, options)
     if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         backends.calls["reference"] += 1
@@ -187,19 +207,42 @@ linear: Callable[..., Tensor] = torch.ops.seqkernels.linear.default
 
 
 def apply_linear(
+    owner: Owner,
+    part: Hashable,
     x: Tensor,
     weights: Sequence[Tensor | None],
     input_norm: Sequence[float],
     output_norm: Sequence[float],
     *options: Any,
-) -> Tensor:
-    """The op, called without torch's dispatcher where nobody would notice.
+) -> Tensor | Sequence[str]:
+    """The op as the module calls it that owns the weights, or why torch's modules are faster.
 
-    Here each norm has the modules' three numbers: ``max_abs`` is infinite without a bound.
+    `part` tells the calls of a module apart. Here each norm has the modules' three numbers:
+    ``max_abs`` is infinite without a bound. The result has the dtype that torch's product has under
+    autocast.
     """
     norms = _finite(input_norm), _finite(output_norm)
-    call = _run if nobody_listens(x) else linear
-    return call(x, weights, *norms, *options)
+    if not is_eager(x):
+        return _as_autocast(linear(x, weights, *norms, *options))
+    weight_set = owner._packed.lookup(LAYOUT, weights, part)
+    checked = _check(weight_set, x, *norms, *options)
+    declined = backends.declined(checked[1])
+    if declined:
+        return declined
+    if nobody_listens(x):
+        return _as_autocast(_execute(weight_set, *checked, x, weights))
+    if records_gradients(x, *weights):
+        recheck_weights()
+        return (NEEDS_GRADIENT,)
+    with owned_by(owner._packed, part):
+        return _as_autocast(linear(x, weights, *norms, *options))
+
+
+def _as_autocast(out: Tensor) -> Tensor:
+    kind = out.device.type
+    if torch.is_autocast_enabled(kind) and out.dtype is not torch.float64:
+        return out.to(torch.get_autocast_dtype(kind))
+    return out
 
 
 def _finite(numbers: Sequence[float]) -> Sequence[float]:

@@ -319,9 +319,9 @@ def test_nobody_to_attend_to_and_poison_in_the_definition(padded_output: str) ->
         clean = ours(x, causal, ignored)
         assert clean.isfinite().all()
         poisoned = ours(x.masked_fill(ignored.unsqueeze(-1), math.nan), causal, ignored)
-        assert torch.equal(poisoned[~ignored], clean[~ignored])
+        torch.testing.assert_close(poisoned[~ignored], clean[~ignored])
         if padded_output == "zero":
-            assert torch.equal(poisoned, clean)
+            torch.testing.assert_close(poisoned, clean)
 
 
 class Doubled(nn.Module):
