@@ -37,6 +37,7 @@ from seqkernels.ops.library import (
     is_exporting,
     nobody_listens,
     records_gradients,
+    register_vmap,
 )
 from seqkernels.reference.encoder import IGNORED_BELOW
 
@@ -268,6 +269,7 @@ def _differentiable(
 LIBRARY.impl("encoder", _run, "CompositeExplicitAutograd")
 LIBRARY.impl("encoder", _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::encoder", _fake, lib=LIBRARY)
+register_vmap("encoder")
 
 #: The op itself, with its arguments in the order of its schema.
 encoder: Callable[..., Tensor] = torch.ops.seqkernels.encoder.default

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends.call import EncoderOptions
-from seqkernels.ops.library import check_finite
+from seqkernels.ops.library import check_finite, is_transformed
 from seqkernels.reference.encoder import IGNORED_BELOW
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -234,14 +234,15 @@ def _shape(tensor: Tensor) -> str:
 def is_plain(tensor: Tensor) -> bool:
     """Whether its values may be looked at.
 
-    Not while a graph is traced, nor on a GPU: that would wait for it, and cannot be captured in a
-    CUDA graph. The kernels there read nothing outside the tensors, whatever a length or an index
-    says; what they return for such a sequence means nothing.
+    Not while a graph is traced, nor under a transform of ``torch.func``, nor on a GPU: that would
+    wait for it, and cannot be captured in a CUDA graph. The kernels there read nothing outside the
+    tensors, whatever a length or an index says; what they return for such a sequence means nothing.
     """
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not is_transformed(tensor)
     )
 
 
@@ -251,6 +252,7 @@ def _may_wait_for(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
+        and not is_transformed(tensor)
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

@@ -33,6 +33,7 @@ from seqkernels.ops.library import (
     is_exporting,
     nobody_listens,
     records_gradients,
+    register_vmap,
 )
 from seqkernels.ops.resilient_batch_norm import check_bounds, limit_of
 from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
@@ -201,6 +202,7 @@ def _differentiable(
 LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
 LIBRARY.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
+register_vmap(_OP)
 
 #: The op itself, with its arguments in the order of its schema.
 linear: Callable[..., Tensor] = torch.ops.seqkernels.linear.default

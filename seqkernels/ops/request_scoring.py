@@ -44,6 +44,7 @@ from seqkernels.ops.library import (
     is_exporting,
     nobody_listens,
     records_gradients,
+    register_vmap,
 )
 
 _OP = "request_scoring"
@@ -267,6 +268,7 @@ def _differentiable(
 LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
 LIBRARY.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
+register_vmap(_OP)
 
 #: The op itself, with its arguments in the order of its schema.
 request_scoring: Callable[..., Tensor] = torch.ops.seqkernels.request_scoring.default

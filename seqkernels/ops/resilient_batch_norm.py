@@ -20,18 +20,17 @@ from seqkernels.backends.call import ResilientBatchNormCall, ResilientBatchNormO
 from seqkernels.ops.library import (
     LIBRARY,
     NAMESPACE,
+    NEEDS_GRADIENT,
     check_finite,
     is_exporting,
     nobody_listens,
+    records_gradients,
+    register_vmap,
 )
 from seqkernels.reference.resilient_batch_norm import ACTIVATIONS, compute_dtype
 
 _OP = "resilient_batch_norm"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NEEDS_GRADIENT = (
-    "gradients are to be recorded (grad mode is on and x or a parameter requires grad); "
-    "call it under torch.inference_mode() or torch.no_grad()"
-)
 
 # max_abs: None where there is no bound, since a package of AOTInductor cannot hold infinity.
 LIBRARY.define(
@@ -199,9 +198,7 @@ def _autograd(
     bias: Tensor | None,
     *options: Any,
 ) -> Tensor:
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, mean, var, weight, bias)
-    ):
+    if records_gradients(x, mean, var, weight, bias):
         return _differentiable(x, mean, var, weight, bias, *options)
     with torch._C._AutoDispatchBelowAutograd():
         return resilient_batch_norm(x, mean, var, weight, bias, *options)
@@ -225,7 +222,7 @@ def _differentiable(
     _check_tensors(x, mean, var, weight, bias)
     backends.check_name(backend, f"{_OP}: backend")
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
-        backends.report_fallback(_OP, backend, [_NEEDS_GRADIENT])
+        backends.report_fallback(_OP, backend, [NEEDS_GRADIENT])
     result = reference_backend.resilient_batch_norm(x, mean, var, weight, bias, options)
     if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         backends.calls["reference"] += 1
@@ -237,6 +234,7 @@ def _differentiable(
 LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
 LIBRARY.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
+register_vmap(_OP)
 
 #: The op itself, with its arguments in the order of its schema.
 resilient_batch_norm: Callable[..., Tensor] = torch.ops.seqkernels.resilient_batch_norm.default
