@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ def _autocast_dtype(module: nn.Module, src: Tensor, r: read.Encoder) -> torch.dt
     on a GPU.
     """
     kind = src.device.type
+    first: Any = module.layers[0] if isinstance(module, nn.TransformerEncoder) else module
     if kind != "cpu":
         ends_in_norm = not r.norm_first or len(r.weights) % PER_LAYER or r.norm_outside
         return torch.float32 if ends_in_norm else src.dtype
@@ -84,7 +86,7 @@ def _autocast_dtype(module: nn.Module, src: Tensor, r: read.Encoder) -> torch.dt
         and src.dim() == 3
         and r.batch_first
         and r.nhead % 2 == 0
-        and r.activation in ("relu", "gelu")
+        and bool(first.activation_relu_or_gelu)
         and r.weights[1] is not None
     )
     return torch.get_autocast_dtype(kind) if fused else src.dtype
@@ -100,6 +102,8 @@ def ignored_or_bias(src: Tensor, mask: Tensor | None, batch_first: bool) -> Tens
             f"encoder: key_padding_mask: expected shape {tuple(expected)}, "
             f"got shape {tuple(mask.shape)}"
         )
+    if not mask.numel():
+        return None  # torch's attention cannot take a mask over no keys
     if mask.dtype is torch.bool:
         return mask
     if not mask.is_floating_point():
@@ -164,7 +168,6 @@ class EncoderModule(Owner):
 
     padded_output: str
     backend: str
-    _added = ("padded_output", "backend")
 
     def extra_repr(self) -> str:
         """Show the options torch's class does not have."""

@@ -84,8 +84,6 @@ class FusedSequential(Owner, nn.Sequential):
     torch.Size([5, 32])
     """
 
-    _twin = nn.Sequential
-
     @classmethod
     def _adopt(cls, module: nn.Module) -> FusedSequential:
         """Turn this instance of torch's class into one of this class."""
@@ -250,7 +248,7 @@ def _torch_product(
     numbers: list[float],
     activation: tuple[str, float],
     step: Step,
-) -> Tensor:
+) -> Tensor | Sequence[str]:
     """Torch's product, with the norm folded into its weights, once as long as they stay, if legal.
 
     Under a tracer or with gradients to record nothing is kept between calls: there the norm runs.

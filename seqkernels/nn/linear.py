@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqkernels import backends, ops
 from seqkernels.nn import read
-from seqkernels.nn.owner import Owner, shallow_clone
+from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
 
 _NO_NORMS: list[Tensor | None] = [None] * 8
 
@@ -50,8 +50,6 @@ class Linear(Owner, nn.Linear):
     """
 
     backend: str
-    _twin = nn.Linear
-    _added = ("backend",)
 
     def __init__(
         self,
@@ -95,6 +93,9 @@ class Linear(Owner, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Multiply [..., in_features] to [..., out_features]."""
+        node = as_fx_leaf(self, input)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         if self.training or read.wants_plain_operations():
             reasons = self.fallback_reasons()
             # Training with gradients is what the definition is for, not a fallback.

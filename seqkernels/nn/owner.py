@@ -1,9 +1,9 @@
-"""What the modules of this package have in common: packed weights, and their torch.nn twins."""
+"""What the modules of this package have in common: packed weights, and tools that read modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -13,11 +13,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class Owner(nn.Module):
-    """A module that owns what backends derive from its weights, and that has a torch.nn twin."""
-
-    #: The class of the twin, and the attributes that it does not have.
-    _twin: ClassVar[type[nn.Module] | None] = None
-    _added: ClassVar[tuple[str, ...]] = ()
+    """A module that owns what backends derive from its weights."""
 
     @property
     def _packed(self) -> PackedWeights:
@@ -47,38 +43,12 @@ class Owner(nn.Module):
         """Copies and pickles have no packed weights."""
         return {k: v for k, v in self.__dict__.items() if k != "_packed_weights"}
 
-    def _no_twin_reason(self) -> str:
-        """Why torch's module would compute something else, if it would."""
-        return ""
-
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead: the twin, with the same parameters."""
-        return torch_twin(self)
-
-
-def become_twin(module: Owner) -> None:
-    """Give a module the class of its torch.nn twin, in place; its submodules stay what they are."""
-    reason = module._no_twin_reason()
-    twin = module._twin
-    if twin is None or reason:
-        reason = reason or "torch.nn has no such module"
+        """What ``torch.jit.script`` asks for before it compiles a module."""
         raise TypeError(
-            f"{type(module).__name__}: {reason}; use torch.export, or call restore() on the report "
-            "of swap first"
+            f"torch.jit.script cannot compile seqkernels' {type(self).__name__}: call restore() on "
+            "the report of swap first, or use torch.jit.trace or torch.export"
         )
-    added = (*module._added, "_packed_weights")
-    module.__class__ = twin  # type: ignore[assignment]
-    for name in added:
-        module.__dict__.pop(name, None)
-
-
-def torch_twin(module: nn.Module) -> nn.Module:
-    """The same model of torch.nn's modules alone, with the same parameters."""
-    clone = shallow_clone(module)
-    for part in list(clone.modules()):
-        if isinstance(part, Owner):
-            become_twin(part)
-    return clone
 
 
 def shallow_clone(module: _M) -> _M:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.batch_norm_health import BatchNormHealth, examine
-from seqkernels.nn.owner import Owner, shallow_clone
+from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
 from seqkernels.ops.resilient_batch_norm import check_bounds, check_x
 from seqkernels.reference import resilient_batch_norm as reference
 from seqkernels.reference.resilient_batch_norm import batch_statistics, is_bounded
@@ -89,8 +89,6 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
     min_var: float
     max_abs: float
     backend: str
-    _twin = nn.BatchNorm1d
-    _added = ("min_var", "max_abs", "backend")
 
     def __init__(
         self,
@@ -164,10 +162,13 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize [N, C] or [N, C, L]."""
+        node = as_fx_leaf(self, input)
+        if node is not None:
+            return node  # type: ignore[no-any-return]
         if not self.training and not read.wants_plain_operations():
             mean, var = self.running_mean, self.running_var
             if mean is not None and var is not None:
-                return ops.apply_resilient_batch_norm(
+                out = ops.apply_resilient_batch_norm(
                     input,
                     mean,
                     var,
@@ -180,6 +181,10 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
                     0.01,
                     self.backend,
                 )
+                if isinstance(out, Tensor):
+                    return out
+                backends.report_fallback("resilient_batch_norm", self.backend, list(out))
+                return super().forward(input)
         check_x(_NAME, input, self.num_features)
         reasons = self.fallback_reasons()
         # Training with gradients is what the definition is for, not a fallback.
@@ -194,9 +199,6 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
         if self.running_mean is None or self.running_var is None:
             reasons.append("there are no running statistics (track_running_stats=False)")
         return reasons
-
-    def _no_twin_reason(self) -> str:
-        return "torch's has no bounds" if is_bounded(self.min_var, self.max_abs) else ""
 
     def health(self) -> BatchNormHealth:
         """Say which channels have running statistics that normalize nothing, or explode.

@@ -22,7 +22,7 @@ from seqkernels.nn.encoder_module import (
 from seqkernels.nn.owner import as_fx_leaf, shallow_clone
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES, TransformerEncoderLayer
 from seqkernels.ops.encoder_checks import pads_at_end_only, split_mask
-from seqkernels.ops.library import is_eager, is_exporting, records_gradients
+from seqkernels.ops.library import is_eager, is_exporting
 
 _PADDED_OUTPUT = ("stock", "zero", "compute")
 
@@ -87,8 +87,6 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
     >>> out.shape, bool((out[1, 4:] == 0).all())
     (torch.Size([2, 10, 32]), True)
     """
-
-    _twin = nn.TransformerEncoder
 
     def __init__(
         self,
@@ -209,7 +207,8 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
             and (
                 is_exporting()
                 or read.wants_plain_operations()
-                or not records_gradients(src, *self.layers[0].parameters())
+                or not torch.is_grad_enabled()
+                or not any(t.requires_grad for t in (src, *self.layers[0].parameters()))
             )
         )
         if not nested:

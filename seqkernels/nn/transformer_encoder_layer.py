@@ -73,8 +73,6 @@ device, dtype
     torch.Size([2, 10, 32])
     """
 
-    _twin = nn.TransformerEncoderLayer
-
     def __init__(
         self,
         d_model: int,

@@ -7,7 +7,7 @@ to record it is the differentiable reference definition instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +22,13 @@ from seqkernels.ops.library import (
     NAMESPACE,
     NEEDS_GRADIENT,
     check_finite,
+    is_eager,
     is_exporting,
     nobody_listens,
     records_gradients,
     register_vmap,
 )
-from seqkernels.reference.resilient_batch_norm import ACTIVATIONS, compute_dtype
+from seqkernels.reference.resilient_batch_norm import ACTIVATIONS, compute_dtype, is_bounded
 
 _OP = "resilient_batch_norm"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -241,13 +242,25 @@ resilient_batch_norm: Callable[..., Tensor] = torch.ops.seqkernels.resilient_bat
 
 
 _MAX_ABS = 6  # its place among the arguments behind x
+_OF_KERNELS = (torch.float32, torch.bfloat16)
 
 
-def apply_resilient_batch_norm(x: Tensor, *arguments: Any) -> Tensor:
-    """The op, called without torch's dispatcher where nobody would notice.
+def apply_resilient_batch_norm(x: Tensor, *arguments: Any) -> Tensor | Sequence[str]:
+    """The op as a module calls it, or why torch's batch norm, which has no bounds, is faster.
 
     Here ``max_abs`` is the modules' number: infinite without a bound.
     """
-    if arguments[_MAX_ABS] == math.inf:
+    min_var, max_abs = arguments[_MAX_ABS - 1 : _MAX_ABS + 1]
+    bounded = is_bounded(min_var, max_abs)
+    if max_abs == math.inf:
         arguments = (*arguments[:_MAX_ABS], None, *arguments[_MAX_ABS + 1 :])
-    return _run(x, *arguments) if nobody_listens(x) else resilient_batch_norm(x, *arguments)
+    if nobody_listens(x) and (bounded or x.dtype in _OF_KERNELS):
+        return _run(x, *arguments)
+    if not bounded and is_eager(x):
+        tensors, backend = arguments[:4], arguments[-1]
+        _check_tensors(x, *tensors)
+        dtype = _dispatch_dtype(x, *tensors)
+        declined = backends.declined(backends.choose(_OP, backend, x.device.type, dtype)[0])
+        if declined or records_gradients(x, *tensors):
+            return declined or (NEEDS_GRADIENT,)
+    return resilient_batch_norm(x, *arguments)
