@@ -3,9 +3,9 @@
 #include "seqkernels/encoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <exception>
-#include <mutex>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 
@@ -146,7 +146,7 @@ class CpuEncoder final : public Encoder {
   void score_request(const EncoderCall& call) const override {
     check_call(model().shape, call);
     if (!call.user_index) refuse("user_index: expected it for request scoring, got none");
-    RequestRun run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, {}, 0, {}, {}};
+    RequestRun run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, {}, 0};
     // A user's candidates together, in their order: [users] first and behind last in `order`.
     run.order.resize(static_cast<size_t>(call.batch));
     std::vector<int64_t> begin(static_cast<size_t>(call.users) + 1, 0);
@@ -174,12 +174,11 @@ class CpuEncoder final : public Encoder {
     run_parallel(
         static_cast<int>(std::min<int64_t>(threads, static_cast<int64_t>(run.pieces.size()))),
         &CpuEncoder::request_main, &run);
-    if (run.error) std::rethrow_exception(run.error);
   }
 
   void forward(const EncoderCall& call) const override {
     check_call(model().shape, call);
-    Run run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, nullptr, {}, nullptr, {}};
+    Run run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, nullptr, {}, {}};
     const int threads = thread_count(call);
     run.team = call.batch % threads != 0 && call.batch < 4 * threads;
     if (run.team) {
@@ -187,7 +186,6 @@ class CpuEncoder final : public Encoder {
       run.shared.reset(new TeamMemory(run.layout.shared));
     }
     run_parallel(threads, &CpuEncoder::thread_main, &run);
-    if (run.error) std::rethrow_exception(run.error);
   }
 
  private:
@@ -223,8 +221,7 @@ class CpuEncoder final : public Encoder {
     std::atomic<int64_t> next;
     Barrier barrier;
     std::unique_ptr<TeamMemory> shared;  // of a team; else each thread has its own
-    std::mutex error_mutex;
-    std::exception_ptr error;
+    std::atomic<bool> starved;           // a thread of the team has no workspace
     bool team;
   };
 
@@ -241,21 +238,12 @@ class CpuEncoder final : public Encoder {
     std::vector<Piece> pieces;
     std::atomic<int64_t> next;
     size_t user_bytes;  // 0: nothing is shared
-    std::mutex error_mutex;
-    std::exception_ptr error;
   };
 
   static void request_main(void* context, int, int) {
     RequestRun& run = *static_cast<RequestRun*>(context);
-    std::byte* memory = nullptr;
-    try {
-      memory = static_cast<std::byte*>(
-          thread_workspace(run.layout.own + run.layout.shared + run.user_bytes));
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(run.error_mutex);
-      run.error = std::current_exception();
-      return;
-    }
+    std::byte* memory = static_cast<std::byte*>(
+        thread_workspace(run.layout.own + run.layout.shared + run.user_bytes));
     run.encoder.kernel_.enter();
     const int64_t count = static_cast<int64_t>(run.pieces.size());
     for (int64_t i = run.next++; i < count; i = run.next++) {
@@ -304,26 +292,34 @@ class CpuEncoder final : public Encoder {
 
   static void thread_main(void* context, int rank, int size) {
     Run& run = *static_cast<Run*>(context);
-    std::byte* memory = nullptr;
-    try {
-      memory = static_cast<std::byte*>(
-          thread_workspace(run.layout.own + (run.team ? 0 : run.layout.shared)));
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(run.error_mutex);
-      run.error = std::current_exception();
+    if (run.team) {
+      run_in_team(run, rank, size);
+      return;
     }
-    if (run.team) run.barrier.wait(size);  // a team works together or not at all
-    if (!memory || (run.team && run.error)) return;
+    std::byte* memory =
+        static_cast<std::byte*>(thread_workspace(run.layout.own + run.layout.shared));
     const CpuEncoder& encoder = run.encoder;
     encoder.kernel_.enter();
-    if (run.team) {
-      for (int64_t b = 0; b < run.call.batch; ++b)
-        encoder.run_sequence(run, b, run.shared->data, memory, rank, size);
-    } else {
-      for (int64_t b = run.next++; b < run.call.batch; b = run.next++) {
-        encoder.run_sequence(run, b, memory + run.layout.own, memory, 0, 1);
-      }
+    for (int64_t b = run.next++; b < run.call.batch; b = run.next++) {
+      encoder.run_sequence(run, b, memory + run.layout.own, memory, 0, 1);
     }
+    encoder.kernel_.leave();
+  }
+
+  // All threads on one sequence after another. A team works together or not at all.
+  static void run_in_team(Run& run, int rank, int size) {
+    std::byte* memory = nullptr;
+    try {
+      memory = static_cast<std::byte*>(thread_workspace(run.layout.own));
+    } catch (const std::bad_alloc&) {
+      run.starved = true;
+    }
+    run.barrier.wait(size);
+    if (run.starved) throw std::bad_alloc();
+    const CpuEncoder& encoder = run.encoder;
+    encoder.kernel_.enter();
+    for (int64_t b = 0; b < run.call.batch; ++b)
+      encoder.run_sequence(run, b, run.shared->data, memory, rank, size);
     encoder.kernel_.leave();
   }
 

@@ -6,8 +6,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -98,10 +96,9 @@ class CpuLinear final : public Linear {
       prefer_large_pages(call.out,
                          static_cast<size_t>(call.rows * m_.out_features) * (call.is_bf16 ? 2 : 4));
     }
-    Run run{*this, call, plan(call), {}, {}, nullptr};
+    Run run{*this, call, plan(call), {}};
     run_parallel(static_cast<int>(std::min<int64_t>(run.plan.threads, run.plan.tasks())),
                  &CpuLinear::thread_main, &run);
-    if (run.error) std::rethrow_exception(run.error);
   }
 
  private:
@@ -118,8 +115,6 @@ class CpuLinear final : public Linear {
     const LinearCall& call;
     Plan plan;
     std::atomic<int64_t> next;
-    std::mutex error_mutex;
-    std::exception_ptr error;
   };
 
   uint32_t* take(int64_t words) {
@@ -206,14 +201,7 @@ class CpuLinear final : public Linear {
     Run& run = *static_cast<Run*>(context);
     const CpuLinear& linear = run.linear;
     const Plan& p = run.plan;
-    uint32_t* panel = nullptr;
-    try {
-      panel = static_cast<uint32_t*>(thread_workspace(linear.panel_bytes(p.block_rows)));
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(run.error_mutex);
-      run.error = std::current_exception();
-      return;
-    }
+    uint32_t* panel = static_cast<uint32_t*>(thread_workspace(linear.panel_bytes(p.block_rows)));
     linear.kernel_.enter();
     for (int64_t i = run.next++; i < p.tasks(); i = run.next++) {
       const int64_t block = i / p.column_chunks, chunk = i % p.column_chunks;

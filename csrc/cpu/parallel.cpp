@@ -7,7 +7,10 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstdint>
 #include <cstdlib>
+#include <exception>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -36,26 +39,58 @@ struct OpenMp {
   }
 };
 
-std::atomic<bool> forked{false};
-
 const OpenMp& open_mp() {
   static const OpenMp instance;
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  (void)registered;
   return instance;
 }
 
-struct Team {
-  Body body;
-  void* context;
+// Set in every child that is forked once this library is loaded: the parent's pool may have been
+// started by others, long before the first call of this library.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_is_watched =
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+
+class Team {
+ public:
+  Team(Body body, void* context) : body_(body), context_(context) {}
+
+  void run(int rank, int size) noexcept {
+    try {
+      body_(context_, rank, size);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  const Body body_;
+  void* const context_;
+  std::mutex mutex_;
+  std::exception_ptr error_;
 };
 
-void run_plain_threads(int num_threads, Body body, void* context) {
+void run_plain_threads(int num_threads, Team& team) {
+  // Bodies start when it is known how many they are: their barriers count on it.
+  std::atomic<int> size{0};
   std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(num_threads - 1));
-  for (int rank = 1; rank < num_threads; ++rank)
-    threads.emplace_back(body, context, rank, num_threads);
-  body(context, 0, num_threads);
+  try {
+    threads.reserve(static_cast<size_t>(num_threads - 1));
+    for (int rank = 1; rank < num_threads; ++rank) {
+      threads.emplace_back([&team, &size, rank] {
+        size.wait(0);
+        team.run(rank, size.load());
+      });
+    }
+  } catch (const std::exception&) {
+    // The system starts no more, or has no memory for them: those that run share the work.
+  }
+  size.store(1 + static_cast<int>(threads.size()));
+  size.notify_all();
+  team.run(0, size.load());
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -72,18 +107,18 @@ void run_parallel(int num_threads, Body body, void* context) {
     body(context, 0, 1);
     return;
   }
+  Team team(body, context);
   const OpenMp& omp = open_mp();
   if (!omp.parallel || forked.load(std::memory_order_relaxed)) {
-    run_plain_threads(num_threads, body, context);
-    return;
+    run_plain_threads(num_threads, team);
+  } else {
+    omp.parallel(
+        [](void* data) {
+          static_cast<Team*>(data)->run(open_mp().thread_num(), open_mp().num_threads());
+        },
+        &team, static_cast<unsigned>(num_threads), 0);
   }
-  Team team{body, context};
-  omp.parallel(
-      [](void* data) {
-        const Team& t = *static_cast<Team*>(data);
-        t.body(t.context, open_mp().thread_num(), open_mp().num_threads());
-      },
-      &team, static_cast<unsigned>(num_threads), 0);
+  team.rethrow();
 }
 
 void Barrier::wait(int size) {

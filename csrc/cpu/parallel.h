@@ -2,18 +2,19 @@
 //
 // In a process that runs torch, the threads are those of torch's own OpenMP runtime, found among
 // the loaded libraries: a second pool would fight with it for the cores, since its idle threads
-// spin for milliseconds. Where there is none, and in a forked child (an OpenMP pool does not
-// survive a fork), each call starts and joins plain threads.
+// spin for milliseconds. Where there is none, and in a child forked after this library was loaded
+// (an OpenMP pool does not survive a fork), each call starts and joins plain threads.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
-#include <cstdint>
 
 namespace seqkernels::cpu {
 
 // Calls body(context, rank, size) once on each of `size` threads, 1 <= size <= num_threads, the
-// caller being one of them, and returns when all are done. The body must not throw.
+// caller being one of them, and returns when all are done. Where the system starts fewer threads,
+// `size` is what there is. What a body throws is thrown here once all are done, the first of it
+// where several do; a body that others wait for at a barrier has to reach it all the same.
 void run_parallel(int num_threads, void (*body)(void* context, int rank, int size), void* context);
 
 // All threads of a team wait here for each other. Spins, then yields: waits are short, and cores

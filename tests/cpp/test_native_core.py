@@ -1,7 +1,8 @@
 """The native core on its grid of hard problems: as it ships, and under sanitizers.
 
-The programs are `encoder_test.cpp`, and `dense_test.cpp` for the linear layer and batch norm. Each
-build stays in `build/`, so that a second run compiles only what has changed.
+The programs are `encoder_test.cpp`, `dense_test.cpp` for the linear layer and batch norm, and
+`parallel_test.cpp` for what happens where threads or memory are short. Each build stays in
+`build/`, so that a second run compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 def launcher(program: str, sanitizer: str) -> list[str]:
     """The command that starts a program."""
-    command = [str(build(sanitizer, PROGRAMS) / program)]
+    command = [str(build(sanitizer, (*PROGRAMS, "parallel_test")) / program)]
     if "unexpected memory mapping" in run([*command, "--list"]).stdout:
         # ThreadSanitizer and the system's address randomization do not always go together.
         command = ["setarch", "--addr-no-randomize", *command]
@@ -60,6 +61,13 @@ def test_hard_problems(
     assert " 0 failures" in done.stdout.splitlines()[-1]
     with capsys.disabled():
         print(f"\n{program} ({sanitizer or 'as shipped'})\n{done.stdout}", end="")
+
+
+@pytest.mark.parametrize("sanitizer", [SHIPPED, SANITIZED, THREADS], ids=lambda s: s or "shipped")
+def test_too_few_threads_and_too_little_memory(sanitizer: str) -> None:
+    done = run_program("parallel_test", sanitizer)
+    assert done.returncode == 0, done.stdout
+    assert " 0 failures" in done.stdout
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
