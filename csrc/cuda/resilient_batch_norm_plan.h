@@ -68,6 +68,8 @@ inline std::string check_resilient_batch_norm(const ResilientBatchNormCall& call
   }
   if (call.outer > 0 && call.inner > 0 && (!call.x || !call.out))
     return op + "x, out: expected both, got a null pointer";
+  if (call.outer > 0 && call.inner > 0 && call.x == call.out)
+    return op + "out: expected memory apart from x, got x itself";
   return "";
 }
 

@@ -9,8 +9,9 @@
 namespace seqkernels::cuda {
 
 // Enqueues one kernel on `stream` (a cudaStream_t of the current device) and returns; allocates
-// nothing and waits for nothing, so that a CUDA graph can capture it. `out` may be `x` itself, of
-// the same strides. Returns what is wrong, or "".
+// nothing and waits for nothing, so that a CUDA graph can capture it. `out` shares no memory with
+// `x`, which is read through the cache for what no one writes meanwhile. Returns what is wrong, or
+// "".
 std::string launch_resilient_batch_norm(const ResilientBatchNormCall& call, void* stream);
 
 }  // namespace seqkernels::cuda
