@@ -99,37 +99,52 @@ struct LinearKernel {
     }
   }
 
-  template <PackedChannelNorm::Kind kNorm, int kStrips, class Activate>
-  static void product(const PackedLinear& m, const LinearCall& call, const LinearTask& task,
-                      const uint32_t* panel, int64_t strip, Activate activate) {
+  // What follows the sums of some consecutive rows and a strip. It is there once for each norm and
+  // activation, and the products below, unrolled as they are, once for all of them: to compile them
+  // for each took ten times as long.
+  static __attribute__((noinline)) void finish(const PackedLinear& m, const LinearCall& call,
+                                               int64_t row, int rows, int64_t feature,
+                                               const V* sums) {
+    const int64_t features = m.out_features - feature;
+    const int count = static_cast<int>(features < kLanes ? features : kLanes);
+    const V max_abs = Isa::set1(m.output_norm.max_abs);
+    with_activation<Isa>(m.activation, m.negative_slope, [&](auto activate) {
+      const auto each = [&](const auto& norm) __attribute__((always_inline)) {
+        int64_t offset = row * call.out_stride + feature;
+        for (int r = 0; r < rows; ++r, offset += call.out_stride)
+          store(call.out, call.is_bf16, offset, count, activate(norm(sums[r])));
+      };
+      if (m.output_norm.kind == PackedChannelNorm::kNone) {
+        const V bias = Isa::load(m.bias + feature);
+        each([&](V y) { return Isa::add(y, bias); });
+      } else if (m.output_norm.kind == PackedChannelNorm::kExact) {
+        const ChannelNormVectors<Isa, false> norm(m.output_norm, feature);
+        each([&](V y) { return norm(y, max_abs); });
+      } else {
+        const ChannelNormVectors<Isa, true> norm(m.output_norm, feature);
+        each([&](V y) { return norm(y, max_abs); });
+      }
+    });
+  }
+
+  template <int kStrips>
+  static __attribute__((noinline)) void product(const PackedLinear& m, const LinearCall& call,
+                                                const LinearTask& task, const uint32_t* panel,
+                                                int64_t strip) {
     const LeftOperand a{panel, static_cast<ptrdiff_t>(m.steps) * kPanelRows, kPanelRows};
     const ptrdiff_t b_stride = static_cast<ptrdiff_t>(m.steps) * kLanes;
     const int rows = static_cast<int>(task.row_end - task.row_begin);
-    const V max_abs = Isa::set1(m.output_norm.max_abs);
     Product::template run<kStrips>(
         a, 0, rows, m.weight + strip * b_stride, b_stride, steps_to_run(m.in_features),
         [&](int row, int s, const auto& c) __attribute__((always_inline)) {
-          const int64_t feature = (strip + s) * kLanes;
-          const int64_t features = m.out_features - feature;
-          const int count = static_cast<int>(features < kLanes ? features : kLanes);
-          int64_t offset = (task.row_begin + row) * call.out_stride + feature;
           constexpr int kRows = static_cast<int>(sizeof(c) / sizeof(V));
-          const auto finish = [&](const auto& norm) __attribute__((always_inline)) {
+          V sums[kRows];  // in memory, which the accumulators are not
 #pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-              if (row + r >= rows) break;
-              store(call.out, call.is_bf16, offset, count, activate(norm(c[r])));
-              offset += call.out_stride;
-            }
-          };
-          if constexpr (kNorm == PackedChannelNorm::kNone) {
-            const V bias = Isa::load(m.bias + feature);
-            finish([&](V y) { return Isa::add(y, bias); });
-          } else {
-            const ChannelNormVectors<Isa, kNorm == PackedChannelNorm::kBounded> norm(m.output_norm,
-                                                                                     feature);
-            finish([&](V y) { return norm(y, max_abs); });
-          }
+          for (int r = 0; r < kRows; ++r) sums[r] = c[r];
+          const int left = rows - row;
+          if (left > 0)
+            finish(m, call, task.row_begin + row, left < kRows ? left : kRows, (strip + s) * kLanes,
+                   sums);
         });
   }
 
@@ -138,29 +153,13 @@ struct LinearKernel {
     return static_cast<int>(Product::kWholeTiles ? round_up(steps, kPanelSteps) : steps);
   }
 
-  template <PackedChannelNorm::Kind kNorm>
-  static __attribute__((noinline)) void products(const PackedLinear& m, const LinearCall& call,
-                                                 const LinearTask& task, const uint32_t* panel) {
-    with_activation<Isa>(m.activation, m.negative_slope, [&](auto activate) {
-      int64_t strip = task.strip_begin;
-      for (; strip + Product::kMaxStrips <= task.strip_end; strip += Product::kMaxStrips)
-        product<kNorm, Product::kMaxStrips>(m, call, task, panel, strip, activate);
-      for (; strip < task.strip_end; ++strip)
-        product<kNorm, 1>(m, call, task, panel, strip, activate);
-    });
-  }
-
   static void run(const PackedLinear& m, const LinearCall& call, const LinearTask& task,
                   uint32_t* panel) {
     load_panel(m, call, task, panel);
-    switch (m.output_norm.kind) {
-      case PackedChannelNorm::kNone:
-        return products<PackedChannelNorm::kNone>(m, call, task, panel);
-      case PackedChannelNorm::kExact:
-        return products<PackedChannelNorm::kExact>(m, call, task, panel);
-      case PackedChannelNorm::kBounded:
-        return products<PackedChannelNorm::kBounded>(m, call, task, panel);
-    }
+    int64_t strip = task.strip_begin;
+    for (; strip + Product::kMaxStrips <= task.strip_end; strip += Product::kMaxStrips)
+      product<Product::kMaxStrips>(m, call, task, panel, strip);
+    for (; strip < task.strip_end; ++strip) product<1>(m, call, task, panel, strip);
   }
 
   static LinearKernelEntry entry() {
