@@ -133,8 +133,10 @@ constexpr Isa kIsas[] = {
 #endif
     {"portable", need_nothing, cpu::encoder_portable, cpu::linear_portable,
      cpu::resilient_batch_norm_portable},
+#if defined(SEQKERNELS_ISA_AMX_EMULATED)
     {"amx_emulated", need_nothing, cpu::encoder_amx_emulated, cpu::linear_amx_emulated,
      cpu::resilient_batch_norm_portable},
+#endif
 };
 
 const Isa& find(const std::string& name) {

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "cuda/encoder.cuh"
-#include "cuda/request_scoring_plan.h"
+#include "cuda/kernel_tables.h"
 
 namespace seqkernels::cuda {
 
@@ -443,10 +443,7 @@ __global__ void __launch_bounds__(32 * Class::kWarps, 1)
   }
 }
 
-using RequestKernelFunction = void (*)(RequestParams);
-
-// `instance` in the order of request_instances().
-inline RequestKernelFunction request_kernel_of(RequestKernel kernel, int instance) {
+RequestKernelFunction request_kernel_of(RequestKernel kernel, int instance) {
 #define SEQKERNELS_KERNEL(...)                      \
   {&request_user_kernel<EncoderClass<__VA_ARGS__>>, \
    &request_candidate_kernel<EncoderClass<__VA_ARGS__>>},

@@ -12,8 +12,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/kernel_tables.h"
 #include "cuda/ptx.cuh"
-#include "cuda/resilient_batch_norm_plan.h"
 
 namespace seqkernels::cuda {
 
@@ -318,10 +318,8 @@ __global__ void __launch_bounds__(ResilientBatchNormPlan::kThreads, 2)
   }
 }
 
-using ResilientBatchNormKernel = void (*)(const ResilientBatchNormParams);
-
 // Everything that is compiled.
-inline ResilientBatchNormKernel resilient_batch_norm_kernel_of(const ResilientBatchNormPlan& plan) {
+ResilientBatchNormKernel resilient_batch_norm_kernel_of(const ResilientBatchNormPlan& plan) {
   static constexpr ResilientBatchNormKernel kKernels[2][2][2][2] = {
       {{{resilient_batch_norm_kernel<float, 1, false, false>,
          resilient_batch_norm_kernel<float, 1, false, true>},

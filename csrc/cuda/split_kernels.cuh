@@ -1,15 +1,13 @@
-// The table of the split encoder's kernels, for those who launch them.
+// The table of the split encoder's kernels, which one source compiles.
 #pragma once
 
+#include "cuda/kernel_tables.h"
 #include "cuda/split_attention.cuh"
-#include "cuda/split_plan.h"
 #include "cuda/split_tail.cuh"
 
 namespace seqkernels::cuda {
 
-using SplitKernel = void (*)(SplitParams);
-
-inline SplitKernel split_kernel_of(const SplitPlan& plan, SplitStep step) {
+SplitKernel split_kernel_of(const SplitPlan& plan, SplitStep step) {
 #define SEQKERNELS_KERNEL(...) &split_tokens_kernel<SplitClass<__VA_ARGS__>>,
   static constexpr SplitKernel kTokens[] = {SEQKERNELS_CUDA_SPLIT_INSTANCES(SEQKERNELS_KERNEL)};
 #undef SEQKERNELS_KERNEL

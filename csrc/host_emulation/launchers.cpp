@@ -3,10 +3,8 @@
 // the error.
 #include "host_emulation/launchers.h"
 
-#include "cuda/encoder_kernels.cuh"
-#include "cuda/request_scoring.cuh"
-#include "cuda/resilient_batch_norm.cuh"
-#include "cuda/split_kernels.cuh"
+#include "cuda/encoder_pack.h"
+#include "cuda/kernel_tables.h"
 #include "host_emulation/launch.h"
 #include "seqkernels/cuda_encoder.h"
 #include "seqkernels/cuda_resilient_batch_norm.h"

@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/encoder_kernels.cuh"
-#include "cuda/split_kernels.cuh"
+#include "cuda/encoder_pack.h"
+#include "cuda/kernel_tables.h"
 #include "encoder_problem.h"
 #include "encoder_reference.h"
 #include "encoder_verdicts.h"
@@ -256,7 +256,8 @@ inline int run_groups(int argc, char** argv, const std::vector<TestGroup>& group
       std::fprintf(stderr, "%s [--only=GROUP,...] [--list]\n", argv[0]);
       return 2;
     }
-    only = "," + argument.substr(7) + ",";
+    only = argument.substr(6) + ",";
+    only[0] = ',';  // the '='
   }
   Session session;
   for (const auto& group : groups) {

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/resilient_batch_norm.cuh"
+#include "cuda/kernel_tables.h"
 #include "host_emulation/launch.h"
 
 namespace seqkernels::test {

@@ -1,0 +1,1 @@
+#include "cuda/request_scoring.cuh"  // compiled for the host; it defines its table

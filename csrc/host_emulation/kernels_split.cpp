@@ -1,0 +1,1 @@
+#include "cuda/split_kernels.cuh"  // compiled for the host; it defines its table
