@@ -2,12 +2,24 @@
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Not compiled to bytecode: Python does that for what is imported, which is little of it.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 CONSTRAINTS := --constraint constraints-dev.txt
 
 CXX_FILES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_SOURCES := CMakeLists.txt setup.py $(filter csrc/%, $(CXX_FILES))
-NEWEST_TRITON := build/triton-newest
+
+# Development builds are for this machine: without a GPU the CPU core alone. 0 and 1 as setup.py has
+# them: never, and for all architectures.
+export SEQKERNELS_CUDA ?= local
+
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+# Whatever shares nothing runs side by side; tests/conftest.py says what stays together.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
+
+# What a change to the Python code needs first; the rest runs kernels in emulation or builds.
+FAST_TESTS := tests/ops tests/nn tests/test_swap.py tests/backends --ignore tests/backends/test_cuda.py
 
 PYTHON_FILES := setup.py seqkernels tests $(wildcard bench examples)
 TEXT_FILES := $(PYTHON_FILES) csrc CMakeLists.txt pyproject.toml .ci
@@ -18,25 +30,52 @@ BANNED := -march=native|make_block_ptr|(^|[^A-Za-z0-9_.}])/(home|root|work|Users
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton-newest test-gpu bench lint format native clean
+.PHONY: help demo test test-fast test-exhaustive test-all test-triton-newest test-triton-oldest \
+    test-torch-oldest test-aarch64 test-gpu bench lint format native clean
 
 help:  ## this list
 	@echo "make <target>, where <target> is one of:"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 demo: $(VENV)/.demo $(VENV)/.native  ## train an engagement ranker on real data, swap it, compare
 	@echo "==> demo"
 	$(BIN)/python -m seqkernels demo
 
-test: $(VENV)/.dev $(VENV)/.native  ## all tests, the native core's under sanitizers included
+test: $(VENV)/.dev $(VENV)/.native-for-tests  ## all tests but the exhaustive ones
+	@echo "==> compiling what the tests run"
+	$(BIN)/python -m tests.prebuild
 	@echo "==> tests"
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests -m "not exhaustive and not timing" $(PARALLEL)
+	$(PYTEST) tests -m "timing and not exhaustive"
 
-test-triton-newest: $(VENV)/.dev $(NEWEST_TRITON)/.installed  ## the Triton kernels with the newest Triton
-	@echo "==> tests of the Triton kernels with the newest Triton"
-	@PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(BIN)/python -c 'import triton; from pathlib import Path; \
-	    assert f"triton=={triton.__version__}" in Path("constraints-triton-newest.txt").read_text().split()'
-	PYTHONPATH=$(CURDIR)/$(NEWEST_TRITON) $(BIN)/python -m pytest tests/triton
+test-fast: $(VENV)/.dev $(VENV)/.native-for-tests  ## ops, nn, swap and backends on the best instruction set
+	@echo "==> the quick ones among the tests"
+	$(PYTEST) $(FAST_TESTS) --best-isa $(PARALLEL)
+
+test-exhaustive: $(VENV)/.dev $(VENV)/.native-for-tests  ## what `make test` leaves out: every architecture, full grids
+	@echo "==> compiling what the exhaustive tests run"
+	$(BIN)/python -m tests.prebuild --exhaustive
+	@echo "==> exhaustive tests"
+	$(PYTEST) tests -m exhaustive $(PARALLEL)
+
+test-all: test test-exhaustive test-triton-newest test-triton-oldest  ## every test, with three versions of Triton
+
+test-triton-newest: ## the Triton kernels with the newest Triton
+test-triton-oldest: ## the Triton kernels with the oldest Triton
+test-torch-oldest: ## the fast tests with the oldest torch, where pip finds its CPU build
+test-triton-newest test-triton-oldest: OVERLAID_TESTS := tests/triton
+test-torch-oldest: OVERLAID_TESTS := $(FAST_TESTS)
+test-triton-newest test-triton-oldest test-torch-oldest: test-%: \
+    $(VENV)/.dev $(VENV)/.native-for-tests build/%/.installed
+	@echo "==> tests with $$(grep -o '^[a-z].*' constraints-$*.txt | paste -sd ' ')"
+	@PYTHONPATH=$(CURDIR)/build/$* $(BIN)/python -c 'import re; from importlib.metadata import version; \
+	    pins = re.findall(r"(?m)^(\w+)==(\S+)", open("constraints-$*.txt").read()); \
+	    assert pins == [(name, version(name)) for name, _ in pins], pins'
+	PYTHONPATH=$(CURDIR)/build/$* $(PYTEST) $(OVERLAID_TESTS) $(PARALLEL)
+
+test-aarch64: $(VENV)/.dev  ## the native core for AArch64, emulated; needs a cross compiler and qemu-user
+	@echo "==> the native core on AArch64"
+	$(PYTEST) tests/cpp/test_aarch64.py --require-aarch64
 
 test-gpu: $(VENV)/.dev $(VENV)/.native  ## the kernels on the GPU at hand
 	@echo "==> tests on the GPU"
@@ -69,10 +108,10 @@ format: $(VENV)/.dev  ## let ruff and clang-format rewrite the sources
 	@$(BIN)/clang-format -i $(CXX_FILES)
 	@echo "format: done"
 
-native: $(VENV)/.native  ## compile the native module where its sources changed
+native: $(VENV)/.native-for-tests  ## compile the native module where its sources changed
 
 clean:  ## remove build results; .venv stays
-	rm -rf build dist seqkernels.egg-info seqkernels/_native*.so $(VENV)/.native
+	rm -rf build dist seqkernels.egg-info seqkernels/_native*.so $(VENV)/.native*
 
 # --- set-up ---------------------------------------------------------------------------------------
 
@@ -86,25 +125,28 @@ $(BIN)/python:
 # What building the native module needs, and torch (the largest download) as the constraints pin it.
 $(VENV)/.build: constraints-dev.txt | $(BIN)/python
 	@echo "==> installing PyTorch and the build tools (once)"
-	@$(PIP) install $(CONSTRAINTS) torch numpy rich cmake ninja pybind11 setuptools wheel
+	@$(PIP_INSTALL) $(CONSTRAINTS) torch numpy rich cmake ninja pybind11 setuptools wheel
 	@touch $@
 
 # The package itself is installed in place; its native module is compiled with warnings as errors.
-$(VENV)/.native: $(NATIVE_SOURCES) pyproject.toml | $(VENV)/.build
+# That of the tests holds the emulated AMX kernels too, and does for everything else as well.
+$(VENV)/.native: FOR_TESTS := OFF
+$(VENV)/.native-for-tests: FOR_TESTS := ON
+$(VENV)/.native $(VENV)/.native-for-tests: $(NATIVE_SOURCES) pyproject.toml | $(VENV)/.build
 	@echo "==> compiling the native module"
-	@CMAKE_ARGS="-DSEQKERNELS_WERROR=ON $(CMAKE_ARGS)" \
-	    $(PIP) install --no-build-isolation --no-deps --editable .
-	@touch $@
+	@CMAKE_ARGS="-DSEQKERNELS_WERROR=ON -DSEQKERNELS_TESTS=$(FOR_TESTS) $(CMAKE_ARGS)" \
+	    $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $(VENV)/.native $@
 
 # Without the native module: installing tools neither compiles it nor touches the one in place.
 $(VENV)/.demo $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: constraints-dev.txt pyproject.toml | $(VENV)/.build
 	@echo "==> installing what the extra [$*] names (once)"
-	@SEQKERNELS_NATIVE=0 $(PIP) install $(CONSTRAINTS) --no-build-isolation --editable '.[$*]'
+	@SEQKERNELS_NATIVE=0 $(PIP_INSTALL) $(CONSTRAINTS) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# Beside .venv, whose Triton is the one that goes with its torch, and in front of it on the path.
-$(NEWEST_TRITON)/.installed: constraints-triton-newest.txt | $(BIN)/python
-	@echo "==> installing the newest Triton (once)"
-	@rm -rf $(NEWEST_TRITON)
-	@$(PIP) install --constraint $< --no-deps --target $(NEWEST_TRITON) triton
+# Beside .venv, whose versions go together, and in front of it on the path.
+build/%/.installed: constraints-%.txt | $(BIN)/python
+	@echo "==> installing what constraints-$*.txt names (once)"
+	@rm -rf $(@D)
+	@$(PIP_INSTALL) --requirement $< --no-deps --target $(@D)
 	@touch $@

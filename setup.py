@@ -2,7 +2,8 @@
 
 Environment variables of a build:
     SEQKERNELS_NATIVE=0   leave the native module out (a pure Python install)
-    SEQKERNELS_CUDA       0: without the CUDA kernels; 1: an error where they cannot be built
+    SEQKERNELS_CUDA       0: without the CUDA kernels; 1: an error where they cannot be built;
+                          local: for the GPUs of this machine, which may be none
                           (default: built where nvcc is on PATH, in CUDA_HOME, or among Python's
                           packages)
     TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels, such as "8.0;9.0+PTX"
@@ -12,6 +13,8 @@ Environment variables of a build:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shlex
@@ -19,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +91,17 @@ class Cuda(NamedTuple):
             f"-DSEQKERNELS_CUDA_ARCHITECTURES={';'.join(self.architectures)}",
         ]
 
+    def announcement(self) -> str:
+        """What will be built and how to build less; `pip install -v` shows it."""
+        if self.nvcc is None:
+            return f"seqkernels: building the CPU core, without CUDA kernels: {self.missing}"
+        return (
+            "seqkernels: building the CPU core and the CUDA kernels for "
+            + ", ".join(name.removesuffix("-real") for name in self.architectures)
+            + "; TORCH_CUDA_ARCH_LIST=9.0 builds them for one architecture, SEQKERNELS_CUDA=local "
+            "for the GPUs of this machine, SEQKERNELS_CUDA=0 not at all"
+        )
+
 
 def find_nvcc() -> str | None:
     """The nvcc of PATH, of CUDA_HOME, or of NVIDIA's packages in this Python."""
@@ -96,18 +111,29 @@ def find_nvcc() -> str | None:
     return found or next(filter(None, (shutil.which("nvcc", path=str(f)) for f in folders)), None)
 
 
-def cuda_architectures(nvcc: str) -> tuple[str, ...]:
-    """Of TORCH_CUDA_ARCH_LIST, else those of the default that this nvcc knows; in CMake's words."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
-    named = [a for a in asked.split(";") if a]
-    if not named:
-        listed = subprocess.run(
-            [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
-        ).stdout.split()
-        named = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
-        named[-1] += "+PTX"
+def local_architectures() -> list[str]:
+    """The compute capabilities of this machine's GPUs, each once, such as "9.0"."""
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return []
+    query = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    names = listed.stdout.split() if listed.returncode == 0 else []
+    return sorted({name for name in names if re.fullmatch(r"\d+\.\d", name)}, key=float)
+
+
+def default_architectures(nvcc: str) -> list[str]:
+    """Those that this nvcc knows, the last one as PTX too."""
+    listing = [nvcc, "--list-gpu-arch"]
+    listed = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split()
+    names = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed]
+    return [*names[:-1], names[-1] + "+PTX"]
+
+
+def in_words_of_cmake(names: list[str]) -> tuple[str, ...]:
+    """Architectures as TORCH_CUDA_ARCH_LIST names them, but for those that run no kernel."""
     result = []
-    for name in named:
+    for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if match is None:
             raise CompileError(
@@ -121,21 +147,53 @@ def cuda_architectures(nvcc: str) -> tuple[str, ...]:
 
 def find_cuda() -> Cuda:
     wanted = os.environ.get("SEQKERNELS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"SEQKERNELS_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted not in ("", "0", "1", "local"):
+        raise SystemExit(f"SEQKERNELS_CUDA: expected 0, 1 or local, got {wanted!r}")
     if wanted == "0":
         return Cuda(missing="SEQKERNELS_CUDA=0 when it was compiled")
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    named = [name for name in named if name]
+    source = "TORCH_CUDA_ARCH_LIST"
+    if wanted == "local" and not named:
+        named, source = local_architectures(), "the GPUs of the machine"
+        if not named:
+            return Cuda(missing="SEQKERNELS_CUDA=local and no GPU when it was compiled")
     nvcc = find_nvcc()
     if nvcc is None:
         missing = "no nvcc was found when it was compiled"
     else:
-        architectures = cuda_architectures(nvcc)
+        architectures = in_words_of_cmake(named or default_architectures(nvcc))
         if architectures:
             return Cuda(nvcc, architectures)
-        missing = "TORCH_CUDA_ARCH_LIST named no architecture from 8.0 on when it was compiled"
+        missing = f"{source} named no architecture from 8.0 on when it was compiled"
     if wanted == "1":
         raise CompileError(f"seqkernels: SEQKERNELS_CUDA=1, but {missing}")
     return Cuda(missing=missing)
+
+
+@contextlib.contextmanager
+def the_tree_alone() -> Iterator[None]:
+    """Let no other build work in this folder at the same time: it waits.
+
+    Setuptools writes its results into the source tree, where two builds would delete each other's.
+    """
+    if not os.access(ROOT, os.W_OK):
+        raise SystemExit(
+            f"error: seqkernels: the source folder {ROOT} is read-only, and a build writes into "
+            "it: copy the folder and install from the copy"
+        )
+    folder = os.open(ROOT, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"seqkernels: waiting for another build in {ROOT}", file=sys.stderr, flush=True)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
 
 
 def describe(error: OSError | subprocess.CalledProcessError) -> str:
@@ -171,11 +229,13 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise FileNotFoundError("cmake was not found: pip install cmake")
         build_dir = Path(self.build_temp).resolve()
+        cuda = find_cuda()
+        print(cuda.announcement(), flush=True)
         configure = [
             f"-DSEQKERNELS_VERSION={self.distribution.get_version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *find_cuda().cmake_arguments(),
+            *cuda.cmake_arguments(),
         ]
         ninja = find_tool("ninja")
         if ninja is not None:
@@ -194,7 +254,8 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(
-        ext_modules=[Extension("seqkernels._native", sources=[])] if native_wanted() else [],
-        cmdclass={"build_ext": CMakeBuild},
-    )
+    with the_tree_alone():
+        setup(
+            ext_modules=[Extension("seqkernels._native", sources=[])] if native_wanted() else [],
+            cmdclass={"build_ext": CMakeBuild},
+        )

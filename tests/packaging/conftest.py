@@ -23,7 +23,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unpacked_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tmp = tmp_path_factory.mktemp("unpacked")
+    tmp = tmp_path_factory.mktemp("a comma, a space")  # which builds have to stand
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp, filter="data")
     (top,) = tmp.iterdir()
@@ -32,8 +32,8 @@ def unpacked_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the native module, compiled with few optimizations: the contents matter here."""
-    flags = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
+    """With the native module, compiled without optimizations: the contents matter here."""
+    flags = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
     return built(unpacked_sdist, "wheel", tmp_path_factory.mktemp("wheel"), CMAKE_ARGS=flags)
 
 

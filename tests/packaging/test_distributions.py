@@ -25,7 +25,8 @@ def test_sdist_holds_all_sources_and_no_build_results(sdist: Path) -> None:
     expected = tracked("csrc", ".h", ".cpp", ".cu", ".cuh") | tracked("seqkernels", ".py")
     expected |= tracked("tests", ".py", ".cpp")
     expected |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
-    expected |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "constraints-dev.txt"}
+    expected |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile"}
+    expected |= {path.name for path in ROOT.glob("constraints-*.txt")}
     expected |= {"LICENSE", "seqkernels/py.typed"}
     assert expected <= names
     assert not {n for n in names if n.endswith((".so", ".o", ".pyc")) or n.startswith("build/")}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from setuptools.errors import CompileError
 
-from tests.packaging.building import Environment, run_build
+from tests.packaging.building import Environment, built, run_build
 from tests.static.project import ROOT
 
 
@@ -99,11 +103,88 @@ def test_cuda_is_found_or_its_absence_told(
     monkeypatch.setenv("SEQKERNELS_CUDA", "0")
     assert setup_module_.find_cuda().nvcc is None
     monkeypatch.setenv("SEQKERNELS_CUDA", "yes")
-    with pytest.raises(SystemExit, match="SEQKERNELS_CUDA: expected 0 or 1, got 'yes'"):
+    with pytest.raises(SystemExit, match="SEQKERNELS_CUDA: expected 0, 1 or local, got 'yes'"):
         setup_module_.find_cuda()
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "best")
     with pytest.raises(CompileError, match=r"expected numbers such as 9\.0 .*, got 'best'"):
-        setup_module_.cuda_architectures("/somewhere/nvcc")
+        setup_module_.in_words_of_cmake(["best"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "architectures", "missing"),
+    [
+        ("9.0\n9.0\n8.0\n", ("80-real", "90-real"), ""),
+        ("7.5\n", (), "the GPUs of the machine named no architecture from 8.0 on"),
+        ("", (), "SEQKERNELS_CUDA=local and no GPU"),
+        (None, (), "SEQKERNELS_CUDA=local and no GPU"),
+    ],
+)
+def test_a_local_build_is_for_the_gpus_at_hand(
+    listed: str | None,
+    architectures: tuple[str, ...],
+    missing: str,
+    setup_module_: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Without one, nothing is compiled for GPUs, nvcc or not."""
+    if listed is not None:
+        nvidia_smi = tmp_path / "nvidia-smi"
+        nvidia_smi.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+        nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/nonexistent")
+    monkeypatch.setenv("SEQKERNELS_CUDA", "local")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(setup_module_, "find_nvcc", lambda: "/somewhere/nvcc")
+    found = setup_module_.find_cuda()
+    assert found.architectures == architectures
+    assert found.missing.startswith(missing)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")  # whoever names one gets it
+    assert setup_module_.find_cuda().architectures == ("86-real",)
+
+
+def test_the_build_says_in_one_line_what_it_builds(setup_module_: ModuleType) -> None:
+    some = setup_module_.Cuda("/somewhere/nvcc", ("80-real", "120")).announcement()
+    assert "CUDA kernels for 80, 120; TORCH_CUDA_ARCH_LIST=9.0 builds them for one" in some
+    none = setup_module_.Cuda(missing="no nvcc was found when it was compiled").announcement()
+    assert none.endswith("without CUDA kernels: no nvcc was found when it was compiled")
+    assert "\n" not in some + none
+
+
+def test_two_builds_of_one_tree_take_turns(tree: Path) -> None:
+    """A pure one each, so that it takes a moment; both wheels are whole."""
+    with ThreadPoolExecutor(2) as pool:
+        outs = [tree.parent / name for name in ("one", "two")]
+        wheels = list(pool.map(lambda out: built(tree, "wheel", out, SEQKERNELS_NATIVE="0"), outs))
+    first, second = (set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels)
+    assert first == second
+    assert "seqkernels/__init__.py" in first
+
+
+def test_a_build_waits_for_another(setup_module_: ModuleType, tmp_path: Path) -> None:
+    setup_module_.ROOT = tmp_path
+    code = (
+        "import fcntl, os, sys; "
+        f"fcntl.flock(os.open({str(tmp_path)!r}, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    )
+
+    def another() -> int:
+        return subprocess.run(
+            [sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False
+        ).returncode
+
+    with setup_module_.the_tree_alone():
+        assert another() != 0
+    assert another() == 0
+
+
+def test_a_read_only_tree_is_named(
+    setup_module_: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its permissions, which do not bind root."""
+    monkeypatch.setattr(setup_module_.os, "access", lambda path, mode: False)
+    told = r"the source folder .* is read-only.*copy the folder"
+    with pytest.raises(SystemExit, match=told), setup_module_.the_tree_alone():
+        pass
 
 
 def test_nvcc_is_looked_for_in_three_places(
