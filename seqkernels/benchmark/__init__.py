@@ -5,7 +5,6 @@ user's own. Nothing here is imported by the rest of the package.
 """
 
 from seqkernels.benchmark.comparison import Comparison, Result, compare
-from seqkernels.benchmark.contestants import Contestant, Runner, Unavailable
 from seqkernels.benchmark.gate import Accuracy, Gate, GateError
 from seqkernels.benchmark.kinds import (
     KINDS,
@@ -18,7 +17,15 @@ from seqkernels.benchmark.kinds import (
 )
 from seqkernels.benchmark.machine import machine_info
 from seqkernels.benchmark.measure import Samples, Spread, interleave
-from seqkernels.benchmark.workload import Expected, Model, Task, Workload
+from seqkernels.benchmark.workload import (
+    Contestant,
+    Expected,
+    Model,
+    Runner,
+    Task,
+    Unavailable,
+    Workload,
+)
 
 __all__ = [
     "KINDS",

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from seqkernels.benchmark import gpu
-from seqkernels.benchmark.contestants import Contestant, Runner, Unavailable
 from seqkernels.benchmark.gate import Accuracy, Gate, GateError
 from seqkernels.benchmark.measure import Samples, Spread, interleave
-from seqkernels.benchmark.workload import Task, Workload
+from seqkernels.benchmark.workload import Contestant, Runner, Task, Unavailable, Workload
 
 
 @dataclass(frozen=True)

@@ -8,72 +8,25 @@ from __future__ import annotations
 
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqkernels import backends, settings
 from seqkernels.backends import cpu
-from seqkernels.benchmark.workload import Model, Task, Workload, without_fast_path
+from seqkernels.benchmark.workload import (
+    Contestant,
+    Model,
+    Runner,
+    Task,
+    Unavailable,
+    Workload,
+    without_fast_path,
+)
 from seqkernels.errors import BackendUnavailableError
-
-
-class Unavailable(Exception):
-    """A contestant cannot compete; the message says why."""
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A contestant that is ready.
-
-    Attributes
-    ----------
-    call : callable
-        What is timed.
-    around : callable
-        Makes the context of a turn, outside the clock.
-    note : str
-        What ran, for the report.
-    tensor : callable
-        Turns what ``call`` returned into the output as the workload has it.
-    """
-
-    call: Callable[[], Any]
-    around: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
-    note: str = ""
-    tensor: Callable[[Any], Tensor] = lambda out: out
-
-
-AnyTask = TypeVar("AnyTask", bound=Task)
-
-
-class Contestant(ABC, Generic[AnyTask]):
-    """One way to compute a task.
-
-    Attributes
-    ----------
-    name, title : str
-        In results files, and in reports.
-    ours : bool
-        Whether it is seqkernels, which the rule for its numerics then applies to.
-    yardstick : bool
-        Whether it computes something else, which is told beside the others and is nobody's rival:
-        a copy of the same bytes, or a part of the whole. Its output is not checked.
-    """
-
-    name: str
-    title: str
-    ours = False
-    yardstick = False
-
-    @abstractmethod
-    def prepare(self, task: AnyTask, workload: Workload) -> Runner:
-        """Build what is timed; raise ``Unavailable`` if that cannot be."""
 
 
 def chosen_isa(forced: str | None) -> str | None:

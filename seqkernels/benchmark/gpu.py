@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seqkernels.benchmark.contestants import Runner
+from seqkernels.benchmark.workload import Runner
 
 #: Calls before a capture: libraries choose their kernels and allocate their workspaces in them.
 WARM_UP = 3

@@ -6,16 +6,13 @@ A kind of workload is one file in ``kinds``: a `Workload`, the `Task` it draws, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from seqkernels.benchmark.contestants import Contestant
 
 
 class Model(NamedTuple):
@@ -79,6 +76,59 @@ class Task(ABC):
     def workspace_bytes(self, isa: str | None) -> int | None:
         """What a thread of the native kernel needs beyond output and packed weights, if known."""
         return None
+
+
+class Unavailable(Exception):
+    """A contestant cannot compete; the message says why."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A contestant that is ready.
+
+    Attributes
+    ----------
+    call : callable
+        What is timed.
+    around : callable
+        Makes the context of a turn, outside the clock.
+    note : str
+        What ran, for the report.
+    tensor : callable
+        Turns what ``call`` returned into the output as the workload has it.
+    """
+
+    call: Callable[[], Any]
+    around: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
+    note: str = ""
+    tensor: Callable[[Any], Tensor] = lambda out: out
+
+
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+class Contestant(ABC, Generic[AnyTask]):
+    """One way to compute a task.
+
+    Attributes
+    ----------
+    name, title : str
+        In results files, and in reports.
+    ours : bool
+        Whether it is seqkernels, which the rule for its numerics then applies to.
+    yardstick : bool
+        Whether it computes something else, which is told beside the others and is nobody's rival:
+        a copy of the same bytes, or a part of the whole. Its output is not checked.
+    """
+
+    name: str
+    title: str
+    ours = False
+    yardstick = False
+
+    @abstractmethod
+    def prepare(self, task: AnyTask, workload: Workload) -> Runner:
+        """Build what is timed; raise ``Unavailable`` if that cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from seqkernels.tables import as_text
-
-if TYPE_CHECKING:
-    from seqkernels.nn.resilient_batch_norm import ResilientBatchNorm1d
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,12 @@ class BatchNormHealth:
 
 
 @torch.no_grad()
-def examine(norm: ResilientBatchNorm1d) -> BatchNormHealth:
-    """The report on a module's running statistics as they are now."""
+def examine(norm: nn.BatchNorm1d, min_var: float) -> BatchNormHealth:
+    """The report on a module's running statistics as they are now, and on its floor for them."""
     mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if mean is None or var is None or batches is None:
         return BatchNormHealth(norm.num_features, None, ())
-    limit, low = (norm.min_var, "below min_var") if norm.min_var > 0 else (norm.eps, "below eps")
+    limit, low = (min_var, "below min_var") if min_var > 0 else (norm.eps, "below eps")
     channels = []
     # Later kinds give way to earlier ones.
     for kind, found in (

@@ -216,7 +216,7 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
         >>> norm.health().counts
         {'zero variance': 1}
         """
-        return examine(self)
+        return examine(self, self.min_var)
 
     def extra_repr(self) -> str:
         """Show the options torch's class does not have."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -77,3 +78,24 @@ def test_cmake_lists_every_native_source() -> None:
     listed = set(re.findall(r"\bcsrc/[\w/]+\.cpp", cmake)) | by_isa
     present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
     assert listed == present
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Not even for type checking: what needs each other belongs in one file, or below both."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+    def module_of(name: str) -> str | None:
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    graph = {
+        module: {m for m in map(module_of, imported_modules(path)) if m not in (None, module)}
+        for module, path in files.items()
+    }
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+    graphlib.TopologicalSorter(graph).prepare()

@@ -17,17 +17,23 @@ from seqkernels.backends import cpu
 from seqkernels.backends.encoder_weights import LAYOUT
 from seqkernels.benchmark.contestants import (
     Compiled,
-    Contestant,
     Eager,
     OpenVino,
-    Runner,
     Seqkernels,
-    Unavailable,
     by_name,
     chosen_isa,
 )
 from seqkernels.benchmark.kinds.packed_attention import FLASH, XFORMERS
-from seqkernels.benchmark.workload import Expected, Model, Task, Workload, both_ends
+from seqkernels.benchmark.workload import (
+    Contestant,
+    Expected,
+    Model,
+    Runner,
+    Task,
+    Unavailable,
+    Workload,
+    both_ends,
+)
 from seqkernels.testing import EncoderCase
 
 #: All peers that a workload is measured against unless it names fewer.

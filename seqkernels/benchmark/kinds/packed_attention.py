@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqkernels.benchmark.contestants import Contestant, Runner, Unavailable
-from seqkernels.benchmark.workload import Workload
-
-if TYPE_CHECKING:
-    from seqkernels.benchmark.kinds.encoder import EncoderTask
+from seqkernels.benchmark.workload import Contestant, Runner, Task, Unavailable, Workload
 
 
 class Packing(NamedTuple):
@@ -116,7 +112,7 @@ def memory_efficient_attention(library: Any, packing: Packing) -> Attention:
     return attend
 
 
-class PackedAttention(Contestant["EncoderTask"]):
+class PackedAttention(Contestant[Task]):
     """Torch's encoder around the attention of another package.
 
     Parameters
@@ -133,7 +129,7 @@ class PackedAttention(Contestant["EncoderTask"]):
     ):
         self.name, self.title, self.module, self.make = name, title, module, make
 
-    def prepare(self, task: EncoderTask, workload: Workload) -> Runner:
+    def prepare(self, task: Task, workload: Workload) -> Runner:
         """Pack the batch; none of these packages computes on a CPU."""
         try:
             library = importlib.import_module(self.module)

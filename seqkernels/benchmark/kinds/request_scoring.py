@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from seqkernels.benchmark.contestants import (
     Compiled,
-    Contestant,
     Eager,
     OpenVino,
-    Runner,
     Seqkernels,
     by_name,
     runner_of,
 )
 from seqkernels.benchmark.workload import (
+    Contestant,
     Expected,
     Model,
+    Runner,
     Task,
     Workload,
     both_ends,

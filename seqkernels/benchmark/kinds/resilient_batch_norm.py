@@ -11,20 +11,14 @@ from torch import Tensor, nn
 
 import seqkernels.nn
 from seqkernels.backends import cpu
-from seqkernels.benchmark.contestants import (
-    Compiled,
-    Contestant,
-    Eager,
-    Runner,
-    Seqkernels,
-    Unavailable,
-    by_name,
-    chosen_isa,
-)
+from seqkernels.benchmark.contestants import Compiled, Eager, Seqkernels, by_name, chosen_isa
 from seqkernels.benchmark.workload import (
+    Contestant,
     Expected,
     Model,
+    Runner,
     Task,
+    Unavailable,
     Workload,
     both_ends,
     expected_of_stock,
