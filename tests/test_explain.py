@@ -1,5 +1,7 @@
 """explain says what a call then does; warmup leaves nothing for the first request to do."""
 
+import importlib.metadata
+import importlib.util
 from typing import Any
 
 import pytest
@@ -96,6 +98,33 @@ class _Kernels:
         return [f"no kernel for {size}"]
 
 
+@pytest.mark.parametrize(
+    ("version", "reasons"),
+    [
+        ("3.5.1", ("Triton 3.5.1, it needs 3.6 or newer",)),
+        ("3.6.0", ()),
+        ("3.6.0+git1234", ()),
+        ("3.10.0", ()),
+        (None, ("Triton is not installed; `pip install triton` adds it",)),
+    ],
+)
+def test_a_triton_that_is_too_old_is_a_reason(
+    version: str | None, reasons: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version is checked when it matters, since a requirement would move torch."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    triton.backend.unmet_by_triton.cache_clear()
+    try:
+        layer = seqkernels.nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1
+        )
+        why_not = dict(only(seqkernels.explain(layer.eval())).why_not)["triton"]
+        assert [r for r in why_not if "Triton" in r] == list(reasons)
+    finally:
+        triton.backend.unmet_by_triton.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_unmet_condition_of_every_backend(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +132,8 @@ def test_every_unmet_condition_of_every_backend(
     """Sizes that only a GPU kernel minds are told on the CPU too."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(CudaBackend, "kernels", lambda self: _Kernels())
-    monkeypatch.setattr(triton.backend, "_is_installed", lambda: False)
+    missing = ("Triton is not installed; `pip install triton` adds it",)
+    monkeypatch.setattr(triton.backend, "unmet_by_triton", lambda: missing)
     wide = nn.TransformerEncoderLayer(600, 2, FF, batch_first=True)
     modules = [
         (seqkernels.nn.TransformerEncoder(wide, 3), (600, 2, FF, 3)),
@@ -117,7 +147,7 @@ def test_every_unmet_condition_of_every_backend(
         why_not = dict(only(seqkernels.explain(module.to(dtype).eval())).why_not)
         assert {*why_not["cuda"]} == {*common, f"no kernel for {size}"}
         assert {*why_not["triton"]} == {
-            *common, "Triton is not installed; `pip install triton` adds it",
+            *common, *missing,
             "d_model 600, it takes at most 512", "head_dim 300, it takes at most 256",
         }  # fmt: skip
     assert len(no_gpu) == 1

@@ -21,7 +21,6 @@ pytest.importorskip("matplotlib", reason="the extra [demo] is not installed")
 pytest.importorskip("sklearn", reason="the extra [demo] is not installed")
 
 from seqkernels.__main__ import main
-from seqkernels.cli import demo
 from seqkernels.demo import data, measure, results, training
 from seqkernels.demo.examples import LENGTH, MOVING, Examples, prepare, split_by_time
 from seqkernels.demo.model import ranker
@@ -499,7 +498,9 @@ def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, demo.__name__)
+    for name in ("session", "results", "show"):
+        monkeypatch.delitem(sys.modules, f"seqkernels.demo.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     assert main(["demo"]) == 2
     assert "pip install 'seqkernels[demo]'" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import seqkernels
 from seqkernels import __main__ as command_line
 from seqkernels import settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -100,6 +101,49 @@ def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
             command_line.main(arguments)
         assert left.value.code == 2
     assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_a_source_folder_that_hides_the_installed_package_is_named(tmp_path: Path) -> None:
+    """`pip install .`, then Python started in the checkout: no compiler is to blame."""
+    source, site = tmp_path / "checkout", tmp_path / "site-packages"
+    package, installed = source / "seqkernels", site / "seqkernels"
+    package.mkdir(parents=True)
+    (source / "CMakeLists.txt").touch()
+    error = ModuleNotFoundError("No module named 'seqkernels._native'")
+    places = [str(source), str(site)]
+    text = native_module.missing_reason(error, package, places)
+    assert text.startswith(f"the native module was not built in the source folder {source}; ")
+    installed.mkdir(parents=True)
+    (installed / "_native.cpython-311-x86_64-linux-gnu.so").touch()
+    text = native_module.missing_reason(error, package, places)
+    assert f"started in the source folder {source}" in text
+    assert f"hides the package installed in {installed}: start it in another folder" in text
+    assert "compiler" not in text
+    (source / "CMakeLists.txt").unlink()
+    assert "install the package with a C++20 compiler" in native_module.missing_reason(error, package)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command_line.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.strip() == f"seqkernels {seqkernels.__version__}"
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_help_needs_no_extra(command: str) -> None:
+    """In a Python that finds none of the packages that the extras bring."""
+    code = (
+        "import sys\n"
+        "for name in ('sklearn', 'matplotlib', 'openvino', 'triton'): sys.modules[name] = None\n"
+        "from seqkernels.__main__ import main\n"
+        f"main([{command!r}, '--help'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"python -m seqkernels {command}" in result.stdout
 
 
 def test_only_the_command_asked_for_is_imported(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from seqkernels.backends.call import (
 from seqkernels.backends.triton import batch_norm, encoder
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_LOWEST = (3, 6)  # with which the tests pass
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
 
 
 class TritonBackend:
@@ -31,9 +35,7 @@ class TritonBackend:
         self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
     ) -> list[str]:
         """Every reason why it cannot run a call on tensors of this device type and dtype."""
-        reasons = []
-        if not _is_installed():
-            reasons.append("Triton is not installed; `pip install triton` adds it")
+        reasons = list(unmet_by_triton())
         if device not in self.devices:
             reasons.append(f"tensors on {device}, it takes CUDA tensors")
         reasons += self.device_reasons()
@@ -73,5 +75,20 @@ class TritonBackend:
 
 
 @lru_cache(maxsize=1)
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def unmet_by_triton() -> tuple[str, ...]:
+    """Why the Triton that is installed does not do, empty if it does; nothing is imported.
+
+    No requirement of the package says so: each torch pins a Triton of its own, and a bound on
+    Triton would replace torch.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return ("Triton is not installed; `pip install triton` adds it",)
+    for distribution in _DISTRIBUTIONS:
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        lowest = ".".join(str(part) for part in _LOWEST)
+        return () if found >= _LOWEST else (f"Triton {version}, it needs {lowest} or newer",)
+    return ()  # a build under another name, of which nothing is known
