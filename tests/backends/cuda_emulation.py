@@ -7,33 +7,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from seqkernels import backends
 from seqkernels.backends.cuda import CudaBackend
-from tests.cpp.building import ROOT, find_tool, run_cmake
+from tests.cpp.building import CUDA_MODULE, SHIPPED, build
 
 
 @functools.cache
 def emulation() -> Any:
     """The module `_cuda_emulation`, compiled where its sources changed."""
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed (extra [test])")
-    folder = ROOT / "build" / "cuda-emulation"
-    configure = [
-        *(find_tool("cmake"), "-S", str(ROOT), "-B", str(folder)),
-        *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"),
-        *("-DSEQKERNELS_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}"),
-        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DSEQKERNELS_WERROR=ON"),
-    ]
-    run_cmake(folder, configure, ["_cuda_emulation"])
+    folder = build(SHIPPED, (CUDA_MODULE,))
     (path,) = folder.glob("_cuda_emulation*.so")
     return _load(path)
 

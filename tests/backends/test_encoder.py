@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.backends.encoder_runs import check, grid_cases, on_each_isa, run
 from tests.kernel_rounding import negative_gelu_problem
+from tests.selection import every
 
 TRANSACT = EncoderCase(
     fusion="concat", latest_k=8, pool="max", candidate_dim=32, mask="right", mask_form="lengths"
@@ -65,7 +66,7 @@ HARD = {
 
 
 @on_each_isa
-@pytest.mark.parametrize("case", grid_cases(), ids=lambda case: f"grid{case.seed}")
+@pytest.mark.parametrize("case", every(2, grid_cases()), ids=lambda case: f"grid{case.seed}")
 def test_grid(case: EncoderCase, isa: str) -> None:
     check(case, isa)
 

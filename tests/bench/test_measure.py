@@ -36,6 +36,7 @@ def test_everyone_has_one_turn_a_round_in_changing_order(monkeypatch: pytest.Mon
     assert gc.isenabled()
 
 
+@pytest.mark.timing
 def test_the_slower_is_slower() -> None:
     made = {
         name: SimpleNamespace(call=lambda s=seconds: time.sleep(s), around=_nothing)
@@ -47,6 +48,7 @@ def test_the_slower_is_slower() -> None:
     assert samples["slow"].difference_to(samples["fast"]).median > 0.003
 
 
+@pytest.mark.timing
 def test_short_calls_are_repeated_within_a_sample() -> None:
     samples = interleave({"nothing": SimpleNamespace(call=int, around=_nothing)}, rounds=2)
     assert samples["nothing"].calls_per_sample > 100

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import pytest
 
+from tests.cpp.building import CUDA_PROGRAMS as PROGRAMS
 from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, build, run
 
-PROGRAMS = (
-    "cuda_primitives_test",
-    "cuda_resilient_batch_norm_test",
-    "cuda_encoder_test",
-    "cuda_split_encoder_test",
-    "cuda_request_scoring_test",
+
+@pytest.mark.parametrize(
+    "sanitizer",
+    [
+        pytest.param(SHIPPED, id="plain"),
+        pytest.param(SANITIZED, id=SANITIZED, marks=pytest.mark.exhaustive),
+    ],
 )
-
-
-@pytest.mark.parametrize("sanitizer", [SHIPPED, SANITIZED], ids=["plain", SANITIZED])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, sanitizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     done = run([str(build(sanitizer, PROGRAMS) / program)], **OPTIONS)
@@ -29,6 +28,7 @@ def test_program(program: str, sanitizer: str, capsys: pytest.CaptureFixture[str
         print(f"\n{program} ({sanitizer or 'plain'})\n{done.stdout}", end="")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("program", "plant", "finding"),
     [

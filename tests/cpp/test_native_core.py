@@ -12,9 +12,12 @@ import sys
 
 import pytest
 
+from tests.cpp.building import CORE_PROGRAMS as PROGRAMS
 from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, THREADS, build, run
 
-PROGRAMS = ("encoder_test", "dense_test")
+WITHOUT_GRID = (
+    "--only=company,concurrency,request,workspace,twins,tiles,softmax,magnitudes,errors,defects"
+)
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the sanitizers' options are those of Linux"
@@ -44,13 +47,20 @@ def targets(program: str, sanitizer: str) -> list[str]:
     ("program", "sanitizer", "arguments"),
     [
         pytest.param("encoder_test", SHIPPED, [], id="encoder-shipped"),
-        pytest.param("encoder_test", SANITIZED, [], id="encoder-address,undefined"),
+        pytest.param("encoder_test", SANITIZED, [WITHOUT_GRID], id="encoder-address,undefined"),
         pytest.param(
-            "encoder_test", THREADS, ["--only=company,concurrency,request"], id="encoder-thread"
+            *("encoder_test", SANITIZED, ["--only=grid"]),
+            id="encoder-address,undefined-grid",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            *("encoder_test", THREADS, ["--only=company,concurrency,request"]),
+            id="encoder-thread",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param("dense_test", SHIPPED, [], id="dense-shipped"),
         pytest.param("dense_test", SANITIZED, [], id="dense-address,undefined"),
-        pytest.param("dense_test", THREADS, [], id="dense-thread"),
+        pytest.param("dense_test", THREADS, [], id="dense-thread", marks=pytest.mark.exhaustive),
     ],
 )
 def test_hard_problems(
@@ -86,7 +96,7 @@ def test_every_supported_instruction_set_is_among_the_targets(program: str) -> N
         ("encoder_test", "misaligned", SANITIZED, "misaligned address"),
         ("encoder_test", "stride", SANITIZED, "wrote outside the rows"),
         ("encoder_test", "value", SANITIZED, "exceeds the bound"),
-        ("encoder_test", "race", THREADS, "data race"),
+        pytest.param("encoder_test", "race", THREADS, "data race", marks=pytest.mark.exhaustive),
         *(
             ("dense_test", f"{op}:{plant}", SANITIZED, finding)
             for op in ("linear", "norm")

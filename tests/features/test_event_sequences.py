@@ -372,6 +372,7 @@ def test_threads() -> None:
     assert len(events) == 800
 
 
+@pytest.mark.timing
 def test_speed() -> None:
     """A million events, and requests: bounds far above what it takes, far below a Python loop."""
     g = np.random.default_rng(0)

@@ -111,8 +111,9 @@ def _lines(table: str) -> list[str]:
 
 
 def _resources(name: str) -> Iterator[str]:
-    kernels = list(usage(name)[ARCHITECTURES[0]])
-    spilled = {k: u for of in usage(name).values() for k, u in of.items() if u.stack or u.local}
+    used = {arch: usage(name, arch) for arch in ARCHITECTURES}
+    kernels = list(used[ARCHITECTURES[0]])
+    spilled = {k: u for of in used.values() for k, u in of.items() if u.stack or u.local}
     yield f"`nvcc` {nvcc_release()}. Spills and local memory: {', '.join(spilled) or 'none'}."
     yield ""
     yield from _row("registers", *ARCHITECTURES, "`mma` in the code", "moves at most")
@@ -122,7 +123,7 @@ def _resources(name: str) -> Iterator[str]:
         multiplying = sorted({count(code, "HMMA") for code in codes})
         yield from _row(
             f"`{kernel}`",
-            *(usage(name)[arch][kernel].registers for arch in ARCHITECTURES),
+            *(used[arch][kernel].registers for arch in ARCHITECTURES),
             " to ".join(str(n) for n in (multiplying[0], *multiplying[1:][-1:])),
             f"{max(share_of_moves(code) for code in codes):.1%}",
         )
@@ -177,7 +178,7 @@ def _chip_column(
         "exponentials": exponentials / _EXPONENTIALS,
     }
     limiting = max(cycles, key=lambda unit: cycles[unit])
-    registers = usage("encoder")[chip.arch][REFERENCE].registers
+    registers = usage("encoder", chip.arch)[REFERENCE].registers
     billed = -(-REFERENCE_WARPS // _WARPS_BILLED) * _WARPS_BILLED
     blocks = {
         "registers": _REGISTERS // (registers * 32 * billed),

@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from seqkernels.backends import cpu
-from tests.static.native_build import native_objects, run_tool
+from tests.cpp.building import ROOT, run_cmake
+from tests.static.native_build import run_tool
 from tests.static.sass import Flow, Instruction, LoopShape, parse, trips_of
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+EVERYDAY = ("sm_80", "sm_90")  # which `make test` compiles; `make test-all` compiles all
 
 # The kernel of the reference problem, and how often its loops run there: L = 100, two layers.
 REFERENCE_CLASS = "EncoderClass<96, 48, 2, 16>"
@@ -47,35 +48,46 @@ class Usage(NamedTuple):
     local: int
 
 
+def nvcc() -> Path:
+    """The compiler of NVIDIA's packages, so that no gate depends on what the machine has."""
+    return _nvidia_tools() / "nvcc"
+
+
 def nvcc_release() -> str:
     """Of the compiler that made the objects, "13.0"."""
-    found = re.search(r"nvcc (\d+\.\d+)", cpu.native().cuda_build)
+    found = re.search(r"release (\d+\.\d+)", run_tool(nvcc(), "--version"))
     assert found is not None
     return found[1]
 
 
 @functools.cache
-def cuda_objects() -> dict[str, Path]:
-    """Name of each source csrc/cuda/<name>.cu -> its object."""
-    found = {name: re.fullmatch(r"cuda/(\w+)\.cu", name) for name in native_objects()}
-    return {match[1]: native_objects()[name] for name, match in found.items() if match}
+def build_kernels(arch: str, jobs: int | None = None) -> Path:
+    """The folder of the CUDA kernels compiled for one architecture; compiles what changed."""
+    folder = ROOT / "build" / f"cuda-{arch}"
+    configure = [
+        "-DSEQKERNELS_PYTHON=OFF",
+        "-DSEQKERNELS_WERROR=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc()}",
+        f"-DSEQKERNELS_CUDA_ARCHITECTURES={arch.removeprefix('sm_')}-real",
+    ]
+    run_cmake(folder, configure, ["seqkernels_cuda"], jobs)
+    return folder
 
 
 @functools.cache
-def usage(name: str) -> dict[str, dict[str, Usage]]:
-    """Architecture -> kernel -> what it takes."""
-    text = _cuobjdump("--dump-resource-usage", cuda_objects()[name])
-    found: dict[str, dict[str, Usage]] = {}
-    for section in text.split("Fatbin elf code:")[1:]:
-        arch = re.search(r"arch = (sm_\w+)", section)
-        assert arch is not None
-        kernels = re.findall(
-            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", section
-        )
-        found[arch[1]] = {
-            _readable(mangled): Usage(*(int(n) for n in numbers)) for mangled, *numbers in kernels
-        }
-    return found
+def cuda_objects(arch: str) -> dict[str, Path]:
+    """Name of each source csrc/cuda/<name>.cu -> its object."""
+    folder = build_kernels(arch) / "CMakeFiles/seqkernels_cuda.dir/csrc/cuda"
+    return {path.name.removesuffix(".cu.o"): path for path in folder.glob("*.cu.o")}
+
+
+@functools.cache
+def usage(name: str, arch: str) -> dict[str, Usage]:
+    """Kernel -> what it takes."""
+    text = _cuobjdump("--dump-resource-usage", cuda_objects(arch)[name])
+    assert re.findall(r"arch = (sm_\w+)", text) == [arch]
+    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    return {_readable(mangled): Usage(*(int(n) for n in numbers)) for mangled, *numbers in kernels}
 
 
 def opcodes(name: str, arch: str) -> dict[str, Counter[str]]:
@@ -99,7 +111,7 @@ class _Listings(NamedTuple):
 def _listings(name: str, arch: str) -> _Listings:
     """What is kept of a disassembly, which has tens of megabytes."""
     found = _Listings({}, [])
-    text = _cuobjdump("-sass", "-arch", arch, cuda_objects()[name])
+    text = _cuobjdump("-sass", cuda_objects(arch)[name])
     for section in text.split("Function : ")[1:]:
         kernel = _readable(section.split(maxsplit=1)[0])
         code = parse(section)
@@ -120,6 +132,10 @@ def _readable(mangled: str) -> str:
 
 def _cuobjdump(*arguments: str | Path) -> str:
     """Of NVIDIA's package, which brings nvdisasm along."""
+    return run_tool("env", f"PATH={_nvidia_tools()}:/usr/bin:/bin", "cuobjdump", *arguments)
+
+
+def _nvidia_tools() -> Path:
     folders = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
-    assert folders, "cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    return run_tool("env", f"PATH={folders[-1]}:/usr/bin:/bin", "cuobjdump", *arguments)
+    assert folders, "NVIDIA's compiler is missing: pip install '.[test]'"
+    return folders[-1]

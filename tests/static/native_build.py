@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.static.project import PACKAGE, ROOT
+from tests.cpp.building import SHIPPED, build
+from tests.static.project import ROOT
 
 BUILD_DIR = ROOT / "build" / "native"  # where setup.py compiles for an in-place install
 
@@ -17,28 +17,28 @@ BUILD_DIR = ROOT / "build" / "native"  # where setup.py compiles for an in-place
 def native_objects() -> dict[str, Path]:
     """Source -> up-to-date object; compiles what changed since the last `make native`.
 
-    A source of csrc/cpu is named by its stem, any other by its path in csrc.
+    A source of csrc/cpu is named by its stem, any other by its path in csrc; the bindings are one
+    source, `unity`.
     """
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    build(SHIPPED, ("_native",))
     entries = json.loads((BUILD_DIR / "compile_commands.json").read_text())
     return {
-        _name(Path(entry["file"])): Path(entry["directory"], entry["output"]) for entry in entries
+        _name(Path(entry["file"])): Path(entry["directory"], entry["output"])
+        for entry in entries
+        if {"seqkernels_core.dir", "_native.dir"} & set(Path(entry["output"]).parts)
+        and Path(entry["directory"], entry["output"]).exists()
     }
 
 
 def _name(source: Path) -> str:
+    if not source.is_relative_to(ROOT / "csrc"):
+        return "unity"
     path = source.relative_to(ROOT / "csrc")
     return path.stem if path.parts[0] == "cpu" else str(path)
 
 
 def native_module() -> Path:
-    native_objects()
-    (module,) = PACKAGE.glob("_native*.so")
+    (module,) = build(SHIPPED, ("_native",)).glob("_native*.so")
     return module
 
 

@@ -7,7 +7,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.triton.jobs import INTERPRETED
+from tests.triton.jobs import EXHAUSTIVE_GRID, INTERPRETED
 from tests.triton.presence import needs_triton
 
 
@@ -16,7 +16,10 @@ def test_there_are_files() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("job", INTERPRETED)
+@pytest.mark.parametrize(
+    "job",
+    [*INTERPRETED, pytest.param(EXHAUSTIVE_GRID, marks=pytest.mark.exhaustive)],
+)
 def test_in_the_interpreter(job: str, finished: Callable[[str], CompletedProcess[str]]) -> None:
     result = finished(job)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
