@@ -120,7 +120,9 @@ def test_a_source_folder_that_hides_the_installed_package_is_named(tmp_path: Pat
     assert f"hides the package installed in {installed}: start it in another folder" in text
     assert "compiler" not in text
     (source / "CMakeLists.txt").unlink()
-    assert "install the package with a C++20 compiler" in native_module.missing_reason(error, package)
+    assert "install the package with a C++20 compiler" in native_module.missing_reason(
+        error, package
+    )
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
