@@ -12,16 +12,44 @@ from tests.cpp.building import CUDA_PROGRAMS as PROGRAMS
 from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, build, run
 
 
+#: Groups of a program that take longer than all its others: not in `make test`.
+LONG_GROUPS = {"cuda_encoder_test": ("shapes", "mistakes")}
+
+
+def groups(program: str, *, long: bool) -> list[str]:
+    """The option that chooses the groups of a program; none for one that has no long groups."""
+    if program not in LONG_GROUPS:
+        return []
+    listed = run([str(build(SHIPPED, PROGRAMS) / program), "--list"]).stdout.split()
+    assert set(LONG_GROUPS[program]) < set(listed)
+    chosen = [name for name in listed if (name in LONG_GROUPS[program]) == long]
+    return ["--only=" + ",".join(chosen)]
+
+
 @pytest.mark.parametrize(
-    "sanitizer",
+    ("program", "sanitizer", "long"),
     [
-        pytest.param(SHIPPED, id="plain"),
-        pytest.param(SANITIZED, id=SANITIZED, marks=pytest.mark.exhaustive),
+        *(pytest.param(program, SHIPPED, False, id=f"plain-{program}") for program in PROGRAMS),
+        *(
+            pytest.param(
+                program,
+                sanitizer,
+                long,
+                id=f"{sanitizer or 'plain'}-{program}{'-long' if long else ''}",
+                marks=pytest.mark.exhaustive,
+            )
+            for sanitizer in (SHIPPED, SANITIZED)
+            for program in PROGRAMS
+            for long in (False, True)
+            if (sanitizer or long) and (program in LONG_GROUPS or not long)
+        ),
     ],
 )
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program(program: str, sanitizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run([str(build(sanitizer, PROGRAMS) / program)], **OPTIONS)
+def test_program(
+    program: str, sanitizer: str, long: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(build(sanitizer, PROGRAMS) / program), *groups(program, long=long)]
+    done = run(command, **OPTIONS)
     assert done.returncode == 0, done.stdout
     assert " 0 failures" in done.stdout.splitlines()[-1]
     with capsys.disabled():
