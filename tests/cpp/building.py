@@ -30,7 +30,8 @@ OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 
-CORE_PROGRAMS = ("encoder_test", "dense_test")
+GRID_PROGRAMS = ("encoder_test", "dense_test")
+CORE_PROGRAMS = (*GRID_PROGRAMS, "parallel_test")
 CUDA_PROGRAMS = (
     "cuda_primitives_test",
     "cuda_resilient_batch_norm_test",

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 
-from tests.cpp.building import CORE_PROGRAMS, ROOT, run, run_cmake
+from tests.cpp.building import GRID_PROGRAMS, ROOT, run, run_cmake
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("program", CORE_PROGRAMS)
+@pytest.mark.parametrize("program", GRID_PROGRAMS)
 def test_program(program: str, request: pytest.FixtureRequest) -> None:
     if MISSING:
         assert not request.config.getoption("require_aarch64"), f"not installed: {MISSING}"

@@ -11,7 +11,6 @@ import pytest
 from tests.cpp.building import CUDA_PROGRAMS as PROGRAMS
 from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, build, run
 
-
 #: Groups of a program that take longer than all its others: not in `make test`.
 LONG_GROUPS = {"cuda_encoder_test": ("shapes", "mistakes")}
 

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from tests.cpp.building import CORE_PROGRAMS as PROGRAMS
-from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, THREADS, build, run
+from tests.cpp.building import CORE_PROGRAMS, OPTIONS, SANITIZED, SHIPPED, THREADS, build, run
+from tests.cpp.building import GRID_PROGRAMS as PROGRAMS
 
 WITHOUT_GRID = (
     "--only=company,concurrency,request,workspace,twins,tiles,softmax,magnitudes,errors,defects"
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 def launcher(program: str, sanitizer: str) -> list[str]:
     """The command that starts a program."""
-    command = [str(build(sanitizer, (*PROGRAMS, "parallel_test")) / program)]
+    command = [str(build(sanitizer, CORE_PROGRAMS) / program)]
     if "unexpected memory mapping" in run([*command, "--list"]).stdout:
         # ThreadSanitizer and the system's address randomization do not always go together.
         command = ["setarch", "--addr-no-randomize", *command]
@@ -73,7 +73,11 @@ def test_hard_problems(
         print(f"\n{program} ({sanitizer or 'as shipped'})\n{done.stdout}", end="")
 
 
-@pytest.mark.parametrize("sanitizer", [SHIPPED, SANITIZED, THREADS], ids=lambda s: s or "shipped")
+@pytest.mark.parametrize(
+    "sanitizer",
+    [SHIPPED, SANITIZED, pytest.param(THREADS, marks=pytest.mark.exhaustive)],
+    ids=lambda s: s or "shipped",
+)
 def test_too_few_threads_and_too_little_memory(sanitizer: str) -> None:
     done = run_program("parallel_test", sanitizer)
     assert done.returncode == 0, done.stdout
