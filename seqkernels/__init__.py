@@ -19,7 +19,8 @@ from seqkernels.backends import recheck_weights
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.explain import Explained, Explanation, explain, warmup
 from seqkernels.precision import PrecisionDecision, PrecisionPolicy
-from seqkernels.swap import SwapReport, swap
+from seqkernels.swap import swap
+from seqkernels.swap_report import SwapReport
 
 try:
     __version__ = metadata.version("seqkernels")

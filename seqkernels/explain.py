@@ -192,11 +192,14 @@ def _recording(
 ) -> Iterator[None]:
     """Keep the arguments of the first call of each part."""
 
-    def keep(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def keep(
+        module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], _output: Any
+    ) -> None:
         bound = inspect.signature(module.forward).bind(*args, **keywords)
         calls.setdefault(module, dict(bound.arguments))
 
-    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in parts]
+    # Behind the call: a hook in front of it may change weights, which keeps kernels from running.
+    handles = [m.register_forward_hook(keep, with_kwargs=True) for m in parts]
     try:
         yield
     finally:

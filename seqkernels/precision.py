@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from seqkernels import backends, ops
+from seqkernels import backends
+
+#: The number of weights from which the product in bf16 is no slower than torch's product in the
+#: dtype of the weights, from one row on, per instruction set and that dtype. Where there is no
+#: entry bf16 gains nothing, or nobody has measured it. ``docs/design/linear.md`` has the figures.
+FEWEST_WEIGHTS: dict[tuple[str, torch.dtype], int] = {
+    ("amx_bf16", torch.float32): 1 << 18,
+    ("amx_emulated", torch.float32): 1 << 18,
+    ("avx512_bf16", torch.float32): 1 << 18,
+    ("avx512_bf16", torch.bfloat16): 1 << 18,
+    ("avx2", torch.bfloat16): 1 << 18,
+}
+_MULTIPLY_FP32 = ("avx512", "avx2", "portable")
 
 
 class PrecisionDecision(NamedTuple):
@@ -28,23 +36,26 @@ class PrecisionDecision(NamedTuple):
 class PrecisionPolicy:
     """The layers that gain from bf16; a callable of a layer's name and the layer.
 
-    A layer multiplies in bf16 if its weight is large, it is not the last layer of a head, and bf16
-    is measured faster than torch's product in the layer's own dtype, on this machine with torch's
-    present number of threads. What is small has little to gain, and what is last has its rounding
-    in the score, with nothing behind it to average it out. Embeddings are no products and stay as
-    they are.
+    It decides by rules and a table, never by a clock, so that all processes on one kind of machine
+    give the same scores. A layer multiplies in bf16 if
+
+    - it does not score items: its weight is not that of an embedding, and its outputs are fewer
+      than thousands. There the order of the best items is the result, and rounding changes it;
+    - it is not the last layer of a head, whose rounding is in the score, with nothing behind it to
+      average it out;
+    - it has so many weights that bf16 is no slower than torch's product on this instruction set, at
+      one row already.
+
+    Embeddings are no products and stay as they are.
 
     Parameters
     ----------
-    min_weights : int
-        Smallest number of weights of a layer.
+    min_weights : int, optional
+        Smallest number of weights of a layer, in place of the table.
     min_out_features : int
         A layer with fewer outputs counts as the last one of a head.
-    rows : int
-        Rows of the measured product, e.g. the candidates of a request.
-    min_speedup : float
-        Smallest measured ratio of torch's time to that of bf16. For a layer whose weights are bf16
-        already 0.9 will do: its product gains nothing, what is fused with it does.
+    max_out_features : int
+        A layer with more outputs counts as one that scores items.
     bf16, keep : sequence of str
         Names of layers, or patterns as of a shell (``"heads.*"``), to be in bf16 or not, whatever
         the rest says; ``keep`` goes first.
@@ -56,95 +67,57 @@ class PrecisionPolicy:
     >>> policy("cross.0", torch.nn.Linear(512, 512))
     PrecisionDecision(bf16=False, reason="kept by the policy's pattern 'cross.*'")
     >>> policy("head", torch.nn.Linear(512, 1)).reason
-    'small: 512 weights, from 16384 on it pays'
+    'the last layer of a head: fewer than 16 outputs'
     """
 
-    min_weights: int = 16_384
+    min_weights: int | None = None
     min_out_features: int = 16
-    rows: int = 256
-    min_speedup: float = 1.05
+    max_out_features: int = 2048
     bf16: Sequence[str] = ()
     keep: Sequence[str] = ()
 
-    def __call__(self, name: str, layer: nn.Linear) -> PrecisionDecision:
-        """Decide for one layer."""
+    def __call__(
+        self, name: str, layer: nn.Linear, tied_to: str | None = None
+    ) -> PrecisionDecision:
+        """Decide for one layer; `tied_to` names the embedding whose weight it has, if any."""
         for pattern in self.keep:
             if fnmatchcase(name, pattern):
                 return PrecisionDecision(False, f"kept by the policy's pattern {pattern!r}")
         for pattern in self.bf16:
             if fnmatchcase(name, pattern):
                 return PrecisionDecision(True, f"bf16 by the policy's pattern {pattern!r}")
-        count = layer.weight.numel()
-        if count < self.min_weights:
-            return PrecisionDecision(
-                False, f"small: {count} weights, from {self.min_weights} on it pays"
-            )
+        if tied_to is not None:
+            told = f"it scores items: its weight is that of the embedding {tied_to!r}"
+            return PrecisionDecision(False, told)
+        if layer.out_features > self.max_out_features:
+            told = f"it scores items: more than {self.max_out_features} outputs"
+            return PrecisionDecision(False, told)
         if layer.out_features < self.min_out_features:
-            return PrecisionDecision(
-                False, f"the last layer of a head: {layer.out_features} outputs"
-            )
-        speedup = measured_speedup(
-            layer.in_features, layer.out_features, self.rows, layer.weight.dtype
-        )
-        told = f"{speedup:.2f} times as fast as torch at {self.rows} rows"
-        short = layer.weight.dtype is torch.bfloat16
-        needed = min(self.min_speedup, _AS_FAST) if short else self.min_speedup
-        return PrecisionDecision(speedup >= needed, f"measured {told} in bf16")
+            told = f"the last layer of a head: fewer than {self.min_out_features} outputs"
+            return PrecisionDecision(False, told)
+        return _by_size(layer.weight, self.min_weights)
 
-
-_AS_FAST = 0.9
 
 #: What `swap` asks: of a layer's name and the layer.
 Policy = Callable[[str, nn.Linear], PrecisionDecision]
 
 
-def measured_speedup(
-    in_features: int, out_features: int, rows: int, dtype: torch.dtype = torch.float32
-) -> float:
-    """How many times as fast as torch's product the bf16 one is, here and now.
-
-    Measured once for each size, dtype, number of threads and instruction set: the median ratio of
-    calls that take turns.
-
-    Examples
-    --------
-    >>> measured_speedup(64, 64, 8) > 0
-    True
-    """
-    choice = backends.resolve("linear", "auto", "cpu", dtype)
-    return _measured(in_features, out_features, rows, dtype, torch.get_num_threads(), choice.label)
-
-
-_ROUNDS = 7
+def _by_size(weight: torch.Tensor, fewest: int | None) -> PrecisionDecision:
+    isa = _instruction_set(weight.dtype)
+    where = f"on {isa or 'this machine'}"
+    if fewest is None:
+        fewest = FEWEST_WEIGHTS.get((isa, weight.dtype))
+    if fewest is None:
+        told = f"no gain is known {where}"
+        if isa in _MULTIPLY_FP32 and weight.dtype is torch.float32:
+            told = f"no gain {where}, which multiplies fp32 whatever the operands are"
+        return PrecisionDecision(False, told)
+    count = weight.numel()
+    if count < fewest:
+        return PrecisionDecision(False, f"small: {count} weights, {where} it pays from {fewest} on")
+    return PrecisionDecision(True, f"{count} weights, {where} it pays from {fewest} on")
 
 
-@lru_cache(maxsize=1024)
-def _measured(
-    in_features: int, out_features: int, rows: int, dtype: torch.dtype, threads: int, label: str
-) -> float:
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
-        x = torch.randn(rows, in_features, generator=generator).to(dtype)
-        weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
-        bias = torch.zeros(out_features, dtype=dtype)
-        weights: list[Tensor | None] = [weight, bias, *[None] * 8]
-
-        def ours() -> None:
-            ops.apply_linear(x, weights, [], [], "none", 0.01, "auto")
-
-        def torchs() -> None:
-            F.linear(x, weight, bias)
-
-        ratios = []
-        for round_ in range(_ROUNDS + 2):
-            seconds = [_seconds(call) for call in (torchs, ours)]
-            if round_ >= 2:  # the first ones pack weights and start threads
-                ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    call()  # the caches are its own, and the threads of whoever came before have gone to sleep
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _instruction_set(dtype: torch.dtype) -> str:
+    """What the CPU's kernels use for this dtype, "" if they do not run."""
+    return backends.resolve("linear", "auto", "cpu", dtype).variant

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from seqkernels import backends
 from seqkernels.errors import BackendUnavailableError
@@ -22,121 +26,28 @@ from seqkernels.nn import (
 )
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES
 from seqkernels.ops.resilient_batch_norm import check_bounds
-from seqkernels.precision import Policy, PrecisionPolicy
-from seqkernels.tables import as_text
+from seqkernels.precision import Policy, PrecisionDecision, PrecisionPolicy
+from seqkernels.reference.resilient_batch_norm import is_bounded
+from seqkernels.swap_report import Replaced, Skipped, SwapReport, shown
 
 _PRECISIONS = ("bf16",)
 _REFUSED = {
     "fp16": "its largest finite number is 65504, which attention scores and sums of products of "
     "trained models exceed; bf16 has the range of float32",
 }
-_ENCODERS = (TransformerEncoder, TransformerEncoderLayer)
-_STOCK = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-
-#: The classes that `swap` gives to modules, and the attributes that come with each.
-_ADDED: dict[type[nn.Module], tuple[str, ...]] = {
-    TransformerEncoder: ("padded_output", "backend"),
-    TransformerEncoderLayer: ("padded_output", "backend"),
-    ResilientBatchNorm1d: ("min_var", "max_abs", "backend"),
-    Linear: ("backend",),
-    FusedSequential: (),
-}
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """One module that was replaced.
-
-    Attributes
-    ----------
-    name, also : str, tuple of str
-        As in ``named_modules()``; ``""`` is the model itself. Further names of the same module.
-    type : str
-        What it was.
-    outcome : str
-        What it is now, and why.
-    padded_output : str or None
-        Of an encoder.
-    """
-
-    name: str
-    type: str
-    outcome: str
-    padded_output: str | None = None
-    also: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One module that was left as it is, and why.
-
-    Attributes
-    ----------
-    name, type : str
-    reasons : tuple of str
-    optional : bool
-        Whether ``strict`` does not insist on it: a linear layer.
-    """
-
-    name: str
-    type: str
-    reasons: tuple[str, ...]
-    optional: bool = False
-
-
-@dataclass
-class SwapReport:
-    """What `swap` did.
-
-    Attributes
-    ----------
-    replaced : list of Replaced
-        Each module that was replaced.
-    skipped : list of Skipped
-        Each module of a kind that `swap` knows that was left as it is, with the reasons.
-    request_scoring : list of str
-        Names of encoders that could score a request's candidates with the user's part computed
-        once: each `UserSequenceEncoder` with a candidate (``score_candidates``), and each replaced
-        ``TransformerEncoder``, if its input is one user's events, each joined with a candidate:
-        no module shows what its caller puts there.
-    """
-
-    replaced: list[Replaced] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    request_scoring: list[str] = field(default_factory=list)
-    _modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
-
-    def restore(self) -> None:
-        """Give every replaced module back its class; parameters keep their present values.
-
-        The modules are the objects they always were, so that references to them stay good.
-        A second call does nothing.
-        """
-        while self._modules:
-            module, stock = self._modules.pop()
-            added = _ADDED.get(type(module))
-            if added is not None:
-                module.__class__ = stock
-                for name in (*added, "_packed_weights"):
-                    module.__dict__.pop(name, None)
-
-    def __str__(self) -> str:
-        rows = [(_shown(r.name, r.also), r.type, r.outcome) for r in self.replaced]
-        rows += [(_shown(s.name), s.type, "left: " + "\n".join(s.reasons)) for s in self.skipped]
-        if not rows and not self.request_scoring:
-            return "seqkernels.swap: nothing that it knows was found"
-        told = [as_text("seqkernels.swap", ("module", "type", "outcome"), rows)] if rows else []
-        if self.request_scoring:
-            told.append(
-                "One user, many candidates? UserSequenceEncoder.score_candidates computes the "
-                "user's part once, where events are joined with a candidate: "
-                + ", ".join(map(_shown, self.request_scoring))
-            )
-        return "\n".join(told)
-
-
-def _shown(name: str, also: tuple[str, ...] = ()) -> str:
-    return " = ".join(n or "(the model)" for n in (name, *also))
+_ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
+#: The classes whose instances `swap` replaces, and those it gives them.
+_REPLACEABLE: tuple[type[nn.Module], ...] = (*_ENCODERS, *_NORMS, nn.Linear, nn.Sequential)
+_OURS = (
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    ResilientBatchNorm1d,
+    Linear,
+    FusedSequential,
+)
+_Names = tuple[str, ...]  # all names of one module
+_Found = list[tuple[nn.Module, _Names]]
 
 
 def swap(
@@ -158,7 +69,8 @@ def swap(
     ============================  =================================================================
     ``TransformerEncoder``        this package's module of the same name: one kernel, all layers
     ``TransformerEncoderLayer``   the same, outside of an encoder
-    ``BatchNorm1d``               `ResilientBatchNorm1d`: exact, or bounded if asked for
+    ``BatchNorm1d``,              `ResilientBatchNorm1d`: exact, or bounded if asked for
+    ``SyncBatchNorm``
     ``Linear``                    `Linear` in bf16, where the precision policy says so
     ``Sequential``                `FusedSequential`, if it has a chain with a batch norm or an
                                   activation to fuse
@@ -179,21 +91,23 @@ def swap(
         ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``, for the replaced
         modules.
     strict : bool
-        Whether it is an error if an encoder or a batch norm cannot be replaced; nothing is
-        replaced then.
+        Whether it is an error if an encoder, or a module that normalizes by running statistics,
+        cannot be replaced; nothing is replaced then.
     padded_output : str, optional
         What padded positions return, for all replaced encoders: ``"zero"`` or ``"compute"``.
-        Default: for each module what it returns now in eval mode under ``inference_mode``: zeros
-        from a ``TransformerEncoder`` set to take its nested-tensor path, else computed values.
-        (Torch leaves that path for a batch with padding before valid positions; models that pad
-        so want ``"compute"``. A log line tells if such a batch comes.)
+        Default: what torch's module returns: ``"stock"`` for a ``TransformerEncoder`` set to take
+        its nested-tensor path, which decides per batch (see `TransformerEncoder`), else
+        ``"compute"``. Under ``"stock"`` what padded positions return depends on the rest of the
+        batch; naming one answer makes scores independent of it.
     resilient : bool
         Whether batch norms get the default bounds of `ResilientBatchNorm1d`. By default they stay
         exact: ``swap`` preserves the function the model computes.
     min_var, max_abs : float, optional
         Bounds of the batch norms, instead of the default ones; either turns ``resilient`` on.
     precision_policy : callable, optional
-        Decides for each linear layer; see `PrecisionPolicy`, the default.
+        Decides for each linear layer: called with its name and the layer, it returns a
+        `PrecisionDecision`. Default: `PrecisionPolicy`, which decides by rules and never by a
+        clock, so that the same model gets the same scores in every process of a machine.
 
     Returns
     -------
@@ -204,15 +118,22 @@ def swap(
     -----
     Left alone, with the reasons: subclasses; encoders with hooks, parametrizations, patched
     forwards or tensor subclasses inside, which a fused kernel would pass over; encoders whose
-    layers differ; options the kernel does not know; and, with ``backend="auto"``, everything no
-    kernel can run here (dtype, device, processor), since the plain definition would be no gain.
+    layers differ; linear layers and batch norms whose weights are computed on each call (pruned,
+    weight norm, spectral norm); options the kernel does not know; and, with ``backend="auto"``,
+    everything no kernel can run here (dtype, device, processor), since the plain definition would
+    be no gain. Other modules that normalize by running statistics, such as ``BatchNorm2d``, are
+    listed among them. A call of ``torch.nn.functional.batch_norm`` in somebody's ``forward`` is no
+    module and cannot be seen.
+
     What lies within an encoder belongs to it. A model swapped twice stays as it was after the first
-    time.
+    time. ``swap`` is all or nothing: if anything raises, the policy included, the model is as it
+    was.
 
     Raises
     ------
-    ValueError
-        For an unknown precision, backend or padded output, or a bound that is none.
+    ValueError, TypeError
+        For an unknown precision, backend or padded output, a bound that is none, or a policy that
+        returns something else than a `PrecisionDecision`.
     BackendUnavailableError
         If a backend is named that cannot run, or with ``strict`` if a module is left alone.
 
@@ -223,11 +144,40 @@ def swap(
     >>> model = torch.nn.Sequential(torch.nn.TransformerEncoder(layer, 2), torch.nn.Linear(32, 1))
     >>> report = seqkernels.swap(model.eval(), backend="reference")
     >>> [(r.name, r.padded_output) for r in report.replaced]
-    [('0', 'zero')]
+    [('0', 'stock')]
     >>> [(s.name, s.reasons) for s in report.skipped]
-    [('1', ('small: 32 weights, from 16384 on it pays',))]
+    [('1', ('the last layer of a head: fewer than 16 outputs',))]
     >>> report.restore()
     """
+    _check_options(precision, backend, padded_output)
+    bounds = _bounds(resilient, min_var, max_abs)
+    policy = PrecisionPolicy() if precision_policy is None else precision_policy
+
+    # All that can be refused is decided before the first change.
+    report = SwapReport()
+    found = _sort_out(_find(model), backend, bounds, report)
+    every = [f"{shown(s.name)}: {r}" for s in report.skipped if not s.optional for r in s.reasons]
+    if strict and every:
+        listed = "".join(f"\n  - {reason}" for reason in every)
+        raise BackendUnavailableError(
+            f"swap: strict, and modules cannot be replaced:{listed}", every
+        )
+    found = _decide(model, found, policy, report)
+    try:
+        for module, names in found:
+            _replace(module, names, backend, padded_output, bounds, report)
+        # Last: what a chain can be depends on its members' classes.
+        for module, names in found:
+            if isinstance(module, nn.Sequential):
+                _replace_sequential(module, names, report)
+    except BaseException:
+        report.restore()
+        raise
+    report.request_scoring += _request_scoring(model)
+    return report
+
+
+def _check_options(precision: str, backend: str, padded_output: str | None) -> None:
     if precision in _REFUSED:
         raise ValueError(
             f"swap: precision: {precision!r} is refused: {_REFUSED[precision]}; use 'bf16'"
@@ -241,32 +191,6 @@ def swap(
         raise ValueError(
             f"swap: padded_output: expected None, 'zero' or 'compute', got {padded_output!r}"
         )
-    bounds = _bounds(resilient, min_var, max_abs)
-    policy = PrecisionPolicy() if precision_policy is None else precision_policy
-
-    report = SwapReport()
-    encoders, within = _encoders(model)
-    others = _others(model, within)
-    found = _sort_out(encoders + others, backend, report)
-    every = [f"{_shown(s.name)}: {r}" for s in report.skipped if not s.optional for r in s.reasons]
-    if strict and every:
-        listed = "".join(f"\n  - {reason}" for reason in every)
-        raise BackendUnavailableError(
-            f"swap: strict, and modules cannot be replaced:{listed}", every
-        )
-    for module, names in found:
-        if isinstance(module, _STOCK):
-            _replace_encoder(module, names, backend, padded_output, report)
-        elif isinstance(module, nn.BatchNorm1d):
-            _replace_norm(module, names, backend, bounds, report)
-        elif isinstance(module, nn.Linear):
-            _replace_linear(module, names, backend, policy, report)
-    report.request_scoring += _request_scoring(model)
-    # Last: what a chain can be depends on its members' classes.
-    for module, names in found:
-        if isinstance(module, nn.Sequential):
-            _replace_sequential(module, names, report)
-    return report
 
 
 def _bounds(resilient: bool, min_var: float | None, max_abs: float | None) -> tuple[float, float]:
@@ -280,31 +204,50 @@ def _bounds(resilient: bool, min_var: float | None, max_abs: float | None) -> tu
     return low, high
 
 
-_Names = tuple[str, ...]  # all names of one module
-_Found = list[tuple[nn.Module, _Names]]
-
-
 def _type_name(module: nn.Module) -> str:
     kind = type(module)
-    where = "torch.nn" if kind in _REPLACEABLE else kind.__module__
+    where = "torch.nn" if getattr(nn, kind.__name__, None) is kind else kind.__module__
     return f"{where}.{kind.__qualname__}"
 
 
-def _encoders(model: nn.Module) -> tuple[_Found, set[nn.Module]]:
-    """Torch's encoders that lie in no other one, and all modules inside of any encoder."""
+# --- what there is --------------------------------------------------------------------------------
+
+
+def _find(model: nn.Module) -> _Found:
+    """The outermost encoders, then everything else that `swap` has to do with, with all names.
+
+    What lies within an encoder belongs to it, except batch norms: the encoder's kernel has none.
+    """
     names: dict[nn.Module, list[str]] = {}
     within: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (*_STOCK, UserSequenceEncoder)):
+        names.setdefault(module, []).append(name)
+        if isinstance(module, (*_ENCODERS, UserSequenceEncoder)):
             within.update(m for m in module.modules() if m is not module)
-        if isinstance(module, _STOCK):
-            names.setdefault(module, []).append(name)
-    found = [
-        (module, tuple(all_names))
-        for module, all_names in names.items()
-        if module not in within and type(module) not in _ENCODERS
-    ]
-    return found, within
+    encoders, others = [], []
+    for module, all_names in names.items():
+        if isinstance(module, _ENCODERS):
+            if module not in within and type(module) not in _OURS:
+                encoders.append((module, tuple(all_names)))
+        elif _is_norm(module) or (module not in within and _is_linear_or_sequence(module)):
+            others.append((module, tuple(all_names)))
+    return encoders + others
+
+
+def _is_linear_or_sequence(module: nn.Module) -> bool:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # of torch's attention, which reads its weight and does not call it
+    return isinstance(module, nn.Linear | nn.Sequential) and type(module) not in _OURS
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it normalizes by running statistics, or is a batch norm without any."""
+    if isinstance(module, _InstanceNorm):
+        return module.track_running_stats
+    has_statistics = all(
+        module._buffers.get(name) is not None for name in ("running_mean", "running_var")
+    )
+    return isinstance(module, _NormBase) or has_statistics
 
 
 def _request_scoring(model: nn.Module) -> list[str]:
@@ -318,23 +261,21 @@ def _request_scoring(model: nn.Module) -> list[str]:
     ]
 
 
-def _others(model: nn.Module, within: set[nn.Module]) -> _Found:
-    """Batch norms, linear layers and sequences outside of encoders that are not ours already."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, NonDynamicallyQuantizableLinear):
-            continue  # of torch's attention, which reads its weight and does not call it
-        kinds = (nn.BatchNorm1d, nn.Linear, nn.Sequential)
-        if isinstance(module, kinds) and module not in within and type(module) not in _ADDED:
-            names.setdefault(module, []).append(name)
-    return [(module, tuple(all_names)) for module, all_names in names.items()]
+# --- what can be replaced -------------------------------------------------------------------------
 
 
-def _sort_out(modules: _Found, backend: str, report: SwapReport) -> _Found:
+def _sort_out(
+    modules: _Found, backend: str, bounds: tuple[float, float], report: SwapReport
+) -> _Found:
     """The modules that can be replaced; the report gets the others, with their reasons."""
     found = []
     for module, names in modules:
-        reasons = swap_reasons(module, backend)
+        if isinstance(module, ResilientBatchNorm1d):
+            if not is_bounded(*bounds) or is_bounded(module.min_var, module.max_abs):
+                continue
+            reasons = ["it is a ResilientBatchNorm1d without bounds; set its min_var and max_abs"]
+        else:
+            reasons = swap_reasons(module, backend)
         if not reasons:
             found.append((module, names))
         elif not isinstance(module, nn.Sequential):
@@ -346,9 +287,10 @@ def _sort_out(modules: _Found, backend: str, report: SwapReport) -> _Found:
 def swap_reasons(module: nn.Module, backend: str = "auto") -> list[str]:
     """Every reason why `swap` cannot replace this module; empty if it can."""
     kind: type[nn.Module] = type(module)
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return ["it is lazy and knows no sizes yet; run the model once before the swap"]
     if kind not in _REPLACEABLE:
-        base = next(s for s in _REPLACEABLE if isinstance(module, s))
-        return [f"it is a subclass of torch.nn.{base.__name__}, which may compute something else"]
+        return [_other_type(module)]
     reasons = []
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced on the instance")
@@ -356,100 +298,163 @@ def swap_reasons(module: nn.Module, backend: str = "auto") -> list[str]:
         read.read_encoder(module, LAYER_TYPES, reasons, any_mode=True)
     elif kind is nn.TransformerEncoderLayer:
         read.read_single_layer(module, reasons, any_mode=True)
-    elif kind is nn.BatchNorm1d and module._buffers.get("running_mean") is None:
-        reasons.append("it has no running statistics (track_running_stats=False)")
+    elif kind is nn.Linear or kind in _NORMS:
+        reasons += read.computed_weight_reasons(module)
     for name, tensor in module.named_parameters(recurse=False):
-        if type(tensor) not in (torch.Tensor, nn.Parameter):
+        if type(tensor) not in (torch.Tensor, nn.Parameter) and kind in _ENCODERS:
             reasons.append(f"{name} is a {type(tensor).__name__}, not a plain tensor")
+    if kind in _NORMS:
+        reasons += _norm_reasons(module)
     if reasons or kind is nn.Sequential:
         return reasons
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    if not all(t.numel() for t in tensors):
+        return ["it is empty: one of its sizes is 0"]
     kinds = {t.dtype for t in tensors}
     if len(kinds) > 1:
         reasons.append(
             f"its parameters have different dtypes: {', '.join(sorted(map(str, kinds)))}"
         )
-    return reasons + _backend_reasons(backend, tensors[0].device.type, tensors[0].dtype)
+    op = "linear" if kind is nn.Linear else "swap"
+    return reasons + _backend_reasons(op, backend, tensors[0].device.type, tensors[0].dtype)
 
 
-def _backend_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
+def _other_type(module: nn.Module) -> str:
+    """Why a module of a class that is not replaced stays."""
+    if parametrize.is_parametrized(module):
+        return "it is parametrized: its weights are computed on each call"
+    base = next((kind for kind in _REPLACEABLE if isinstance(module, kind)), None)
+    if base is not None:
+        return f"it is a subclass of torch.nn.{base.__name__}, which may compute something else"
+    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+        return "there are bounds for a BatchNorm1d and a SyncBatchNorm only"
+    return "it normalizes by running statistics and is no torch.nn.BatchNorm1d or SyncBatchNorm"
+
+
+def _norm_reasons(norm: nn.Module) -> list[str]:
+    reasons = []
+    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
+        reasons.append("it has no running statistics (track_running_stats=False)")
+    if not 0 <= norm.eps < math.inf:  # type: ignore[operator]
+        reasons.append(f"its eps is {norm.eps}; the kernel takes a finite number >= 0")
+    return reasons
+
+
+def _backend_reasons(op: str, name: str, device: str, dtype: torch.dtype) -> list[str]:
     """Why no backend but the reference runs it; for a named one that cannot, its error."""
     choice = backends.resolve("swap", name, device, dtype)
-    if choice.backend.name != "reference":
-        return []
-    return [f"{n}: {reason}" for n, reasons in choice.rejected for reason in reasons]
+    if choice.backend.name == "reference":
+        return [f"{n}: {reason}" for n, reasons in choice.rejected for reason in reasons]
+    reasons = choice.backend.not_supported_reasons(op, device, dtype, None)
+    return [f"{choice.backend.name}: {reason}" for reason in reasons]
 
 
-def _adopted(module: nn.Module, report: SwapReport) -> None:
-    """Keep what `restore` needs, before a module gets another class."""
-    report._modules.append((module, type(module)))
+def _decide(model: nn.Module, found: _Found, policy: Policy, report: SwapReport) -> _Found:
+    """What is to be replaced once the policy has spoken on each linear layer."""
+    tied = _embeddings(model)
+    # A policy of the user's own decides alone.
+    knows_ties = isinstance(policy, PrecisionPolicy) and (
+        type(policy).__call__ is PrecisionPolicy.__call__
+    )
+    kept = []
+    for module, names in found:
+        if isinstance(module, nn.Linear):
+            name = names[0]
+            if knows_ties:
+                assert isinstance(policy, PrecisionPolicy)
+                decision = policy(name, module, tied.get(_memory(module.weight)))
+            else:
+                decision = policy(name, module)
+            if not isinstance(decision, PrecisionDecision):
+                raise TypeError(
+                    f"swap: precision_policy: expected a PrecisionDecision for {name!r}, "
+                    f"got {decision!r}"
+                )
+            report.decisions[name] = decision
+            if not decision.bf16:
+                reasons = (decision.reason,)
+                report.skipped.append(Skipped(name, _type_name(module), reasons, True))
+                continue
+        kept.append((module, names))
+    return kept
 
 
-def _replace_encoder(
+def _embeddings(model: nn.Module) -> dict[int, str]:
+    """The names of the embeddings by the memory of their weights."""
+    tied: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and weight is not None:
+            tied.setdefault(_memory(weight), name)
+    return tied
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What two tensors have in common if one is the other, or a view of it."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+# --- the change -----------------------------------------------------------------------------------
+
+
+def _replace(
     module: nn.Module,
     names: _Names,
     backend: str,
     padded_output: str | None,
-    report: SwapReport,
-) -> None:
-    was = _type_name(module)
-    _adopted(module, report)
-    if isinstance(module, nn.TransformerEncoder):
-        for layer in module.layers:
-            if type(layer) is nn.TransformerEncoderLayer:
-                _adopted(layer, report)
-        TransformerEncoder._adopt(module, padded_output, backend)
-    else:
-        TransformerEncoderLayer._adopt(module, padded_output, backend)
-    padded = str(module.padded_output)
-    report.replaced.append(
-        Replaced(names[0], was, f"replaced, padded_output={padded!r}", padded, names[1:])
-    )
-
-
-def _replace_norm(
-    module: nn.Module,
-    names: _Names,
-    backend: str,
     bounds: tuple[float, float],
     report: SwapReport,
 ) -> None:
     was = _type_name(module)
-    _adopted(module, report)
-    ResilientBatchNorm1d._adopt(module, *bounds, backend)
-    exact = bounds == (0.0, math.inf)
-    told = "exact" if exact else f"min_var={bounds[0]:g}, max_abs={bounds[1]:g}"
-    report.replaced.append(Replaced(names[0], was, f"replaced, {told}", None, names[1:]))
-
-
-def _replace_linear(
-    module: nn.Linear, names: _Names, backend: str, policy: Policy, report: SwapReport
-) -> None:
-    was = _type_name(module)
-    decision = policy(names[0], module)
-    if not decision.bf16:
-        report.skipped.append(Skipped(names[0], was, (decision.reason,), True))
+    padded = None
+    if isinstance(module, _ENCODERS):
+        padded = _replace_encoder(module, backend, padded_output, report)
+        outcome = f"replaced, padded_output={padded!r}"
+    elif isinstance(module, _NORMS):
+        with report.changing(module):
+            ResilientBatchNorm1d._adopt(module, *bounds, backend)
+        low, high = bounds
+        exact = not is_bounded(*bounds)
+        outcome = "replaced, " + ("exact" if exact else f"min_var={low:g}, max_abs={high:g}")
+        if was == "torch.nn.SyncBatchNorm":
+            outcome += (
+                "; trained on in several processes, each takes statistics of its own: restore() "
+                "before that"
+            )
+    elif isinstance(module, nn.Linear):
+        with report.changing(module):
+            Linear._adopt(module, backend)
+        outcome = f"bf16: {report.decisions[names[0]].reason}"
+    else:
         return
-    _adopted(module, report)
-    Linear._adopt(module, backend)
-    report.replaced.append(Replaced(names[0], was, f"bf16: {decision.reason}", None, names[1:]))
+    report.replaced.append(Replaced(names[0], was, outcome, padded, names[1:]))
+
+
+def _replace_encoder(
+    module: nn.TransformerEncoder | nn.TransformerEncoderLayer,
+    backend: str,
+    padded_output: str | None,
+    report: SwapReport,
+) -> str:
+    """Its ``padded_output``."""
+    with ExitStack() as changes:
+        changes.enter_context(report.changing(module))
+        if isinstance(module, nn.TransformerEncoder):
+            for layer in dict.fromkeys(module.layers):
+                changes.enter_context(report.changing(layer))
+            TransformerEncoder._adopt(module, padded_output, backend)
+        else:
+            TransformerEncoderLayer._adopt(module, padded_output, backend)
+    return str(module.padded_output)
 
 
 def _replace_sequential(module: nn.Sequential, names: _Names, report: SwapReport) -> None:
     was = _type_name(module)
-    adopted = FusedSequential._adopt(module)
+    with report.changing(module):
+        adopted = FusedSequential._adopt(module)
     fused = [step for step in adopted.steps(any_mode=True) if step.fused]
     if not fused:
-        adopted.__class__ = nn.Sequential  # type: ignore[assignment]
+        report.undo_last()
         return
-    report._modules.append((module, nn.Sequential))
     chains = ", ".join(" + ".join(step.names) for step in fused)
     report.replaced.append(Replaced(names[0], was, f"fused: {chains}", None, names[1:]))
-
-
-_REPLACEABLE: tuple[type[nn.Module], ...] = (
-    *_STOCK,
-    nn.BatchNorm1d,
-    nn.Linear,
-    nn.Sequential,
-)

@@ -139,9 +139,12 @@ class FusedSequential(Owner, nn.Sequential):
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
         x = input
         for step in self.steps():
-            out = _run(self, step, x)
-            if not isinstance(out, Tensor):  # why torch's modules are faster
-                backends.report_fallback("linear", "auto", list(out))
+            # Where a member has changed the shape a norm's channels are no longer the last ones.
+            fits = step.kind == "module" or x.dim() == 2
+            out = _run(self, step, x) if fits else ()
+            if not isinstance(out, Tensor):
+                if out:  # why torch's modules are faster
+                    backends.report_fallback("linear", "auto", list(out))
                 out = x
                 for name in step.names:
                     out = self._modules[name](out)
@@ -172,8 +175,10 @@ def _step(members: Members, first: int, any_mode: bool) -> Step:
         return members[i][1] if i < len(members) else None
 
     def is_linear(module: nn.Module | None) -> bool:
-        plain = type(module) in (nn.Linear, Linear) and _plain(module)
-        return plain and (any_mode or not module.training)  # type: ignore[union-attr]
+        if type(module) not in (nn.Linear, Linear) or not _plain(module):
+            return False
+        assert module is not None
+        return (any_mode or not module.training) and not read.computed_weight_reasons(module)
 
     at = first
     input_norm = _norm(member(at), any_mode)

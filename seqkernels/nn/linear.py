@@ -32,8 +32,9 @@ class Linear(Owner, nn.Linear):
     -----
     In evaluation the op ``torch.ops.seqkernels.linear`` runs: ``x`` and the weights are rounded to
     bf16 where the processor multiplies it (the weights everywhere), sums and bias are fp32, and
-    the result has the dtype of ``x``. In training, or with gradients to record, it is torch's.
-    The weights stay what they are; a packed copy follows their changes.
+    the result has the dtype of ``x``. In training, with gradients to record, or with weights that
+    are computed on each call (pruned, weight norm, spectral norm), it is torch's. The weights stay
+    what they are; a packed copy follows their changes.
 
     Raises
     ------
@@ -96,7 +97,7 @@ class Linear(Owner, nn.Linear):
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        if self.training or read.wants_plain_operations():
+        if self.training or read.wants_plain_operations() or read.computed_weight_reasons(self):
             reasons = self.fallback_reasons()
             # Training with gradients is what the definition is for, not a fallback.
             if not (self.training and torch.is_grad_enabled()):
@@ -111,4 +112,4 @@ class Linear(Owner, nn.Linear):
 
     def fallback_reasons(self) -> list[str]:
         """Every reason why a call runs the definition; empty if none."""
-        return read.mode_reasons(self)
+        return read.mode_reasons(self) + read.computed_weight_reasons(self)

@@ -295,6 +295,32 @@ def weight_reasons(weights: Weights, names: Callable[[int, int], str]) -> list[s
     return reasons
 
 
+def computed_weight_reasons(module: nn.Module) -> list[str]:
+    """Why weight and bias of this module may be others on each call; empty if they are its own.
+
+    What is derived from them, such as packed weights, would be made again on each call then. It is
+    so with ``torch.nn.utils.prune``, with ``weight_norm`` and ``spectral_norm`` in the old form and
+    in the new one, with every other parametrization, and where somebody assigns plain tensors.
+    """
+    own = module._parameters
+    reasons = []
+    if "weight" not in own or "bias" not in own:
+        if parametrize.is_parametrized(module):
+            reasons.append("it is parametrized: its weights are computed on each call")
+        else:
+            missing = " and ".join(name for name in ("weight", "bias") if name not in own)
+            reasons.append(
+                f"its {missing} is no parameter of its own: pruned, normalized or otherwise "
+                "computed on each call"
+            )
+    else:
+        names = ("weight", "bias")
+        reasons += weight_reasons([own[n] for n in names], lambda i, _: names[i])
+    if module._forward_pre_hooks:
+        reasons.append("it has forward pre-hooks, which may compute its weights on each call")
+    return reasons
+
+
 def read_encoder(
     encoder: nn.Module,
     layer_types: tuple[type[nn.Module], ...],

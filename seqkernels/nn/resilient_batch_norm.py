@@ -138,7 +138,8 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
         ----------
         module : torch.nn.BatchNorm1d or torch.nn.SyncBatchNorm
             Of exactly this class; it is left as it is. A ``SyncBatchNorm`` becomes one that takes
-            the statistics of its own process when it is trained further.
+            the statistics of its own process when it is trained further, and that takes [N, C, *],
+            of any number of dimensions, as it did.
         min_var, max_abs : float
             Bounds; by default none, so that the module computes what torch's does.
         backend : str
@@ -161,10 +162,12 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
         return module
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Normalize [N, C] or [N, C, L]."""
+        """Normalize [N, C] or [N, C, L]; what was a ``SyncBatchNorm`` takes [N, C, *]."""
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
+        if input.dim() > 3 and hasattr(self, "process_group"):  # an attribute of SyncBatchNorm
+            return self.forward(input.flatten(2)).view(input.shape)
         if not self.training and not read.wants_plain_operations():
             mean, var = self.running_mean, self.running_var
             if mean is not None and var is not None:
