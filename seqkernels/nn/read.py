@@ -42,6 +42,15 @@ _PARTS: tuple[tuple[str, type[nn.Module], bool], ...] = (
     ("dropout1", nn.Dropout, True),
     ("dropout2", nn.Dropout, True),
 )
+#: The weights of a layer in the op's order, by the submodule that owns them.
+_WEIGHTS = (
+    ("self_attn", ("in_proj_weight", "in_proj_bias")),
+    ("self_attn.out_proj", ("weight", "bias")),
+    ("linear1", ("weight", "bias")),
+    ("linear2", ("weight", "bias")),
+    ("norm1", ("weight", "bias")),
+    ("norm2", ("weight", "bias")),
+)
 _BLOCKS = ("_sa_block", "_ff_block")
 
 
@@ -207,24 +216,13 @@ def read_layer(
         norm1, norm2 = parts["norm1"], parts["norm2"]
         if norm1.eps != norm2.eps:
             reasons.append(f"{path}: eps of norm1 and norm2 differ ({norm1.eps}, {norm2.eps})")
-        of_attention, of_out = attention._parameters, out._parameters
-        linear1, linear2 = parts["linear1"], parts["linear2"]
-        of_linear1, of_linear2 = linear1._parameters, linear2._parameters
-        of_norm1, of_norm2 = norm1._parameters, norm2._parameters
-        weights += (
-            of_attention["in_proj_weight"],
-            of_attention["in_proj_bias"],
-            of_out["weight"],
-            of_out["bias"],
-            of_linear1["weight"],
-            of_linear1["bias"],
-            of_linear2["weight"],
-            of_linear2["bias"],
-            of_norm1["weight"],
-            of_norm1["bias"],
-            of_norm2["weight"],
-            of_norm2["bias"],
-        )
+        parts = parts | {"self_attn.out_proj": out}
+        for name, keys in _WEIGHTS:
+            own = parts[name]._parameters
+            for key in keys:
+                if key not in own:
+                    reasons.append(f"{path}.{name}.{key} is not a parameter of its own")
+                weights.append(own.get(key))
         return Layer(
             attention.num_heads,
             activation or ("unknown", 0.0),
@@ -232,12 +230,10 @@ def read_layer(
             norm1.eps,
             attention.batch_first,
             attention.embed_dim,
-            linear1.out_features,
+            parts["linear1"].out_features,
         )
-    except (AttributeError, KeyError) as error:
-        if isinstance(error, KeyError):
-            reasons.append(f"{path}: {error.args[0]} of a part is not a parameter of its own")
-        elif not reasons:
+    except (AttributeError, KeyError) as error:  # a part is missing, which is told, or is no part
+        if not reasons:
             reasons.append(f"{path} is not laid out as torch's layer: {error}")
         return None
 
@@ -387,7 +383,7 @@ def read_single_layer(
     read = read_layer(layer, weights, reasons, any_mode=any_mode)
     if read is None:
         return None
-    reasons += weight_reasons(weights, LAYOUT.name)
+    reasons += weight_reasons(weights, lambda i, n: LAYOUT.name(i, n).replace("layers.0", "layer"))
     return Encoder(
         weights,
         read.nhead,

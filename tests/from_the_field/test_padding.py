@@ -149,9 +149,9 @@ def test_explain_says_which_answer_was_taken(where: str) -> None:
 
 def test_the_report_recommends_to_name_one_answer() -> None:
     report = seqkernels.swap(encoder())
-    assert "depend on the rest of the batch" in str(report)
-    assert "depend on the rest" not in str(seqkernels.swap(encoder(), padded_output="zero"))
-    assert "depend on the rest" not in str(seqkernels.swap(encoder(nhead=3)))
+    assert "depends on the rest of the batch" in str(report)
+    assert "depends on the rest" not in str(seqkernels.swap(encoder(), padded_output="zero"))
+    assert "depends on the rest" not in str(seqkernels.swap(encoder(nhead=3)))
 
 
 def test_all_users_empty() -> None:

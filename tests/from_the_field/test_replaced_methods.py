@@ -141,6 +141,17 @@ def test_global_hooks_see_what_they_see_in_torch() -> None:
         assert len(expected) > 1
 
 
+def test_backward_hooks_run() -> None:
+    seen: list[str] = []
+    ours = encoder()
+    ours.layers[0].linear1.register_full_backward_hook(  # type: ignore[union-attr]
+        lambda module, gradients, outputs: seen.append(type(module).__name__)
+    )
+    assert seqkernels.swap(ours).replaced
+    ours(draw(B, L, D)).sum().backward()
+    assert seen == ["Linear"]
+
+
 @pytest.fixture
 def chain() -> nn.Sequential:
     torch.manual_seed(0)
