@@ -10,6 +10,7 @@ import numpy as np
 
 from seqkernels.features import columns as read
 from seqkernels.features.event_batch import EventBatch
+from seqkernels.features.fork import give_lock
 from seqkernels.features.ragged import Array, Rows, first_not_before, stable_order
 from seqkernels.features.runs import Runs
 
@@ -90,7 +91,9 @@ class EventSequences:
     An append costs what it brings, not what is held, but for the few in which the columns grow by
     half: those copy everything.
 
-    Methods may be called from several threads: they take turns. Copies and pickles hold the events.
+    Methods may be called from several threads: they take turns. A fork takes its turn too: it waits
+    for the appends under way, and the child's stores are whole and not in use. Copies and pickles
+    hold the events. After an append that was interrupted (Ctrl-C) every call raises RuntimeError.
 
     Examples
     --------
@@ -117,6 +120,8 @@ class EventSequences:
     >>> out.shape
     torch.Size([3, 192])
     """
+
+    _lock: threading.RLock
 
     def __init__(
         self,
@@ -147,7 +152,8 @@ class EventSequences:
         if keep_latest is not None:
             keep_latest = _count(keep_latest, "keep_latest")
 
-        self._lock = threading.Lock()
+        give_lock(self)
+        self._changing = False  # true for good if an insertion does not come to its end
         self._slots: dict[int | str, int] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}  # empty until the first source is read
         first = self._read(sources[0])
@@ -183,6 +189,7 @@ class EventSequences:
         """
         new = self._read(events)
         with self._lock:
+            self._check_whole()
             self._insert(new)
 
     def batch(
@@ -232,6 +239,7 @@ class EventSequences:
         keys, which = self._read_users(users)
         bound = self._bound(at, exclude_within, len(which))
         with self._lock:
+            self._check_whole()
             get = self._slots.get
             slots = np.array([get(key, 0) for key in keys], dtype=np.int64)[which]  # [B]
             _, first, last, _ = self._runs.bounds[slots].T
@@ -256,6 +264,7 @@ class EventSequences:
 
     def __len__(self) -> int:
         with self._lock:
+            self._check_whole()
             return len(self._runs)
 
     def __repr__(self) -> str:
@@ -263,6 +272,7 @@ class EventSequences:
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
+            self._check_whole()
             state = {**self.__dict__, "_slots": dict(self._slots)}
             state["_runs"] = self._runs.copy()
         del state["_lock"]
@@ -270,7 +280,14 @@ class EventSequences:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        give_lock(self)
+
+    def _check_whole(self) -> None:
+        if self._changing:
+            raise RuntimeError(
+                "EventSequences: an append was interrupted while it changed the columns; "
+                "build the events anew"
+            )
 
     def _insert(self, new: _Events) -> None:
         if not len(new.ids):
@@ -286,8 +303,10 @@ class EventSequences:
         unknown = [key for key in keys if key not in known]
         fresh = {key: slot for slot, key in enumerate(unknown, len(known) + 1)}
         slots = np.array([known.get(key) or fresh[key] for key in keys])
+        self._changing = True
         self._runs.insert(slots, sizes, order, new.columns)
         known.update(fresh)
+        self._changing = False
 
     def _read(self, events: Any) -> _Events:
         """Check a source against the first one."""
