@@ -1,14 +1,16 @@
-"""Columns as users hold them (numpy, pandas, pyarrow, lists) become numpy arrays, or an error.
+"""Columns as users hold them become NumPy arrays, or an error.
 
-pandas and pyarrow are never imported: their objects are known by the module of their type.
-`where` starts every message: ``<class>: <column or argument>``.
+pandas and polars are never imported; their objects are recognized by the module of their type.
+pyarrow is imported only when an object arrives that offers Arrow's C interface and belongs neither
+to pandas nor to pyarrow. `where` starts every message: ``<class>: <column or argument>``.
 """
 
 from __future__ import annotations
 
-import datetime
+import functools
+import importlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,29 +19,40 @@ from seqkernels.features.ragged import Array, Rows
 
 _ARROW_STRINGS = ("string", "large_string", "string_view")
 _ARROW_TIMES = ("timestamp", "date")
-_DATE_LIMIT = 9_223_372_036  # seconds from 1970 that nanoseconds in 64 bits can tell
 
 
-def _library(values: object) -> str:
-    return type(values).__module__.partition(".")[0]
+def frame(events: Any, where: str) -> Any:
+    """A source as a mapping, a DataFrame of pandas or polars, or a pyarrow Table or RecordBatch.
 
-
-def names(events: Any, where: str) -> list[str]:
-    """Names of the columns of a mapping, a pandas DataFrame, a pyarrow Table or RecordBatch."""
-    if isinstance(events, Mapping):
-        return list(events)
-    if _library(events) == "pyarrow" and hasattr(events, "schema"):
-        return list(events.schema.names)
-    if _library(events) == "pandas" and hasattr(events, "columns"):
-        return list(events.columns)
+    A stream can be read only once, so this precedes every question about a source.
+    """
+    library = _library(events)
+    if (
+        isinstance(events, Mapping)
+        or (library == "pandas" and hasattr(events, "columns"))
+        or (library == "pyarrow" and hasattr(events, "column"))
+        or (library == "polars" and _speaks_arrow(events) and hasattr(events, "columns"))
+    ):
+        return events
+    if hasattr(events, "__arrow_c_stream__"):
+        return _through_arrow("table", events, where)
+    if hasattr(events, "__arrow_c_array__"):
+        return _through_arrow("record_batch", events, where)
     raise TypeError(
-        f"{where}: expected a mapping of names to columns, a pandas DataFrame or a pyarrow Table, "
-        f"got {type(events).__name__}"
+        f"{where}: expected a mapping of names to columns, a pandas or polars DataFrame, a pyarrow "
+        f"Table or an object with Arrow's C stream interface, got {_title(events)}"
     )
 
 
+def names(events: Any) -> list[str]:
+    """Names of the columns of what `frame` returned."""
+    if isinstance(events, Mapping):
+        return list(events)
+    return list(events.schema.names if _library(events) == "pyarrow" else events.columns)
+
+
 def column(events: Any, name: str) -> Any:
-    """One column, still as its library holds it."""
+    """One column of what `frame` returned, still as its library holds it."""
     return events.column(name) if _library(events) == "pyarrow" else events[name]
 
 
@@ -47,34 +60,144 @@ def is_empty(values: Any) -> bool:
     """Whether a column has no rows; then its type says nothing (an empty list, an empty frame)."""
     try:
         return len(values) == 0
-    except TypeError:  # not a column: told where it is read
+    except TypeError:  # not a column: reported where it is read
         return False
 
 
+def known(values: Any, where: str) -> Any:
+    """A column as it is, or as pyarrow's where it has Arrow's C interface (polars and others)."""
+    library = _library(values)
+    if library == "polars":
+        # As a frame: until 2025, streams of a Series of datetimes could not be read. Never by
+        # np.asarray, which drops nulls and time zones.
+        if not hasattr(values, "to_frame"):
+            raise TypeError(f"{where}: expected a column, got {_title(values)}")
+        return _through_arrow("table", values.to_frame(), where).column(0)
+    if library == "arrow":
+        kind = "chunked_array" if hasattr(values, "__arrow_c_stream__") else "array"
+        return _through_arrow(kind, values, where)
+    return values
+
+
 def to_numpy(values: Any, where: str) -> Array:
-    """Any column as an array. Null is NaN in floating columns, NaT in times, else an error."""
+    """Any column as an array, in the order of bytes of this machine.
+
+    Null is NaN in floating columns, NaT in times, else an error.
+    """
+    values = known(values, where)
     library = _library(values)
     if library == "pyarrow":
-        return _from_arrow(values, where)
-    if library == "pandas" and hasattr(values, "isna"):
-        return _from_pandas(values, where)
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise ValueError(f"{where}: expected rows of one shape, got different ones") from None
+        array = _from_arrow(values, where)
+    elif library == "pandas" and hasattr(values, "isna") and hasattr(values, "dtype"):
+        array = _from_pandas(values, where)
+    elif isinstance(values, np.ma.MaskedArray):
+        array = _from_masked(values, where)
+    else:
+        try:
+            array = np.asarray(values)
+        except ValueError:
+            raise ValueError(f"{where}: expected rows of one shape, got different ones") from None
+        except (TypeError, RuntimeError) as error:  # a tensor on a device, or with gradients
+            raise TypeError(
+                f"{where}: expected what NumPy can read, got {_title(values)} ({error})"
+            ) from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def check_integers_are_exact(values: Any, array: Array, where: str) -> None:
+    """Refuse integers that NumPy rounded: it reads lists of integers and floats as floats.
+
+    The same happens to integers of which some are negative and some need 64 bits.
+    """
+    if array.dtype.kind != "f" or hasattr(values, "dtype") or not (np.abs(array) >= 2**53).any():
+        return
+    width = array.size // len(array) if array.ndim else 1
+    items = np.array(values, dtype=object).ravel().tolist()
+    for place, (item, number) in enumerate(zip(items, array.ravel().tolist(), strict=True)):
+        if isinstance(item, int | np.integer) and int(item) != number:
+            raise ValueError(
+                f"{where}: expected integers that fit {array.dtype}, as the others are read, "
+                f"got {item} in row {place // width}"
+            )
+
+
+def is_null(item: object) -> bool:
+    """Whether an item of an object column stands for no value."""
+    if item is None or type(item).__name__ in ("NAType", "NaTType"):  # the latter two: pandas
+        return True
+    floating = isinstance(item, float | np.floating | np.datetime64)
+    return floating and bool(item != item)
+
+
+def _library(values: object) -> str:
+    kind: Any = type(values)
+    return _library_of(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _library_of(kind: Any) -> str:
+    """The known library that a type, or one of its bases, comes from.
+
+    ``"arrow"`` for other types that have Arrow's C interface, ``""`` for the rest.
+    """
+    for base in kind.__mro__:
+        library: str = base.__module__.partition(".")[0]
+        if library in ("pandas", "polars", "pyarrow"):
+            return library
+    return "arrow" if _speaks_arrow(kind) else ""
+
+
+def _speaks_arrow(values: object) -> bool:
+    return hasattr(values, "__arrow_c_stream__") or hasattr(values, "__arrow_c_array__")
+
+
+def _title(values: object) -> str:
+    """``polars Series``."""
+    kind = type(values)
+    module = kind.__module__.partition(".")[0]
+    return kind.__name__ if module == "builtins" else f"{module} {kind.__name__}"
+
+
+def _through_arrow(kind: str, values: Any, where: str) -> Any:
+    """``pyarrow.<kind>(values)``."""
+    name = _title(values)
+    try:
+        pyarrow = importlib.import_module("pyarrow")
+    except ImportError:
+        raise ImportError(
+            f"{where}: expected pyarrow to be installed, which reads {name}, got no such package"
+        ) from None
+    if not _speaks_arrow(values):
+        raise TypeError(f"{where}: expected Arrow's C stream interface (polars 1.3), got {name}")
+    try:
+        return getattr(pyarrow, kind)(values)
+    except (TypeError, ValueError, OSError, NotImplementedError) as error:
+        raise TypeError(f"{where}: expected what pyarrow can read, got {name} ({error})") from None
 
 
 def _from_arrow(values: Any, where: str, width: int = 1) -> Array:
     """`width` values of `values` make a row."""
-    kind = values.type
-    if hasattr(kind, "value_type") and hasattr(kind, "index_type"):  # dictionary
-        values, kind = values.cast(kind.value_type), kind.value_type
-    if str(kind) not in ("halffloat", "float", "double") and not str(kind).startswith(_ARROW_TIMES):
-        _refuse_arrow_nulls(values, where, width)
-    size = getattr(kind, "list_size", None)
-    if size is None:
-        return np.asarray(values.to_numpy(zero_copy_only=False))
+    kind = getattr(values, "type", None)
+    if kind is None:
+        raise TypeError(f"{where}: expected a column, got {_title(values)}")
+    if hasattr(values, "as_py"):  # a scalar
+        pyarrow = importlib.import_module("pyarrow")
+        return _from_arrow(pyarrow.array([values], kind), where).reshape(())
+    try:
+        if hasattr(kind, "index_type"):  # dictionary
+            kind = kind.value_type
+            values = values.cast(kind)
+        elif hasattr(kind, "run_end_type"):  # its count of nulls is that of runs, always 0
+            kind = kind.value_type
+            values = importlib.import_module("pyarrow.compute").run_end_decode(values)
+        floating = str(kind) in ("halffloat", "float", "double")
+        if not floating and not str(kind).startswith(_ARROW_TIMES):
+            _refuse_arrow_nulls(values, where, width)
+        size = getattr(kind, "list_size", None)
+        if size is None:
+            return np.asarray(values.to_numpy(zero_copy_only=False))
+    except NotImplementedError:
+        raise TypeError(f"{where}: expected what NumPy can read, got {kind}") from None
     whole = values.combine_chunks() if hasattr(values, "chunks") else values
     return _from_arrow(whole.flatten(), where, size).reshape(-1, size)
 
@@ -88,20 +211,31 @@ def _refuse_arrow_nulls(values: Any, where: str, width: int = 1) -> None:
 def _from_pandas(values: Any, where: str) -> Array:
     dtype = values.dtype
     if hasattr(dtype, "pyarrow_dtype"):
-        return _from_arrow(values.array.__arrow_array__(), where)
+        array = values.array if hasattr(values, "array") else values
+        return _from_arrow(array.__arrow_array__(), where)
     if getattr(dtype, "tz", None) is not None:
         values = values.dt.tz_convert(None) if hasattr(values, "dt") else values.tz_convert(None)
     elif not isinstance(dtype, np.dtype):
         missing = np.asarray(values.isna())
         if missing.any() and dtype.kind == "f":
-            return np.asarray(values.to_numpy(f"f{dtype.itemsize}", na_value=np.nan))
+            size = getattr(dtype, "itemsize", 8)  # sparse columns have none
+            return np.asarray(values.to_numpy(f"f{size}", na_value=np.nan))
         if missing.any():
             raise ValueError(f"{where}: expected no null, got one in row {int(missing.argmax())}")
     return np.asarray(values.to_numpy())
 
 
+def _from_masked(values: Any, where: str) -> Array:
+    """Masked values are nulls; ``numpy.asarray`` would return what lies behind the mask."""
+    if values.dtype.kind == "f":
+        return np.asarray(values.filled(np.nan))
+    check_rows(~np.ma.getmaskarray(values), values, "no null", where)
+    return np.asarray(values.data)
+
+
 def read_ids(values: Any, where: str) -> tuple[Array, list[str] | None]:
     """User ids: 64-bit integers [n] and None, or strings as codes [n] and what they stand for."""
+    values = known(values, where)
     library = _library(values)
     parts: Iterable[tuple[Array, list[Any]]]
     if library == "pyarrow" and _arrow_strings(values.type):
@@ -179,85 +313,16 @@ def _first_foreign(codes: Rows, labels: list[Any]) -> tuple[int, Any]:
     return 0, labels[codes[0]]
 
 
-def read_times(values: Any, where: str) -> tuple[Array, str]:
-    """Times [...] as finite int64 or float64, and what they are.
-
-    Returns
-    -------
-    array, str
-        ``"integers"`` (int64), ``"numbers"`` (float64), or ``"datetimes"`` (int64, nanoseconds
-        from 1970; with a time zone: UTC).
-    """
-    array = to_numpy(values, where)
-    if array.dtype.kind == "O":
-        array = _from_objects(array)
-    kind = array.dtype.kind
-    if kind in "iu":
-        return conform(array, np.dtype(np.int64), where), "integers"
-    if kind == "f":
-        _check_rows(np.isfinite(array), array, "a finite time", where)
-        return array.astype(np.float64, copy=False), "numbers"
-    if kind == "M":
-        _check_rows(~np.isnat(array), array, "a time", where)
-        if array.dtype != np.dtype("M8[ns]"):
-            seconds = array.astype("M8[s]").view(np.int64)
-            possible = (seconds > -_DATE_LIMIT) & (seconds < _DATE_LIMIT)
-            _check_rows(possible, array, "a time from 1678 to 2261", where)
-        return array.astype("M8[ns]", copy=False).view(np.int64), "datetimes"
-    raise TypeError(f"{where}: expected integers, floats or datetimes, got {_kind_of(array)}")
-
-
-def _from_objects(array: Array) -> Array:
-    """Datetime objects, pandas' included, as datetime64; anything else as it is."""
-    items = array.ravel().tolist()
-    if not items or not all(isinstance(item, datetime.datetime) for item in items):
-        return array
-    exact = [
-        item.to_datetime64()  # pandas: has nanoseconds
-        if hasattr(item, "to_datetime64")
-        else np.datetime64(
-            item.astimezone(datetime.UTC).replace(tzinfo=None) if item.tzinfo else item
-        )
-        for item in items
-    ]
-    return np.array(exact, dtype="M8[ns]").reshape(array.shape)
-
-
-def read_span(value: Any, kind: str, where: str) -> int | float:
-    """A length of time, at least 0, in the unit of times of this kind."""
-    if kind == "datetimes":
-        if hasattr(value, "to_timedelta64"):  # pandas: has nanoseconds
-            value = value.to_timedelta64()
-        # In Python's integers: numpy would wrap a long span around to a short one.
-        if isinstance(value, datetime.timedelta):
-            span = value // datetime.timedelta(microseconds=1) * 1000
-        elif isinstance(value, np.timedelta64) and np.can_cast(value.dtype, "m8[ns]"):
-            unit = np.array(1, dtype=value.dtype).astype("m8[ns]")
-            span = int(value.astype(np.int64)) * int(unit.astype(np.int64))  # NaT is negative
-        elif isinstance(value, int) and value == 0:
-            span = 0
-        else:
-            raise TypeError(f"{where}: expected a timedelta, as times are datetimes, got {value!r}")
-        if not 0 <= span < 2**63:
-            raise ValueError(f"{where}: expected from 0 to 292 years, got {value}")
-        return span
-    allowed = (int, np.integer) if kind == "integers" else (int, np.integer, float, np.floating)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        expected = "an integer, as times are integers" if kind == "integers" else "a number"
-        raise TypeError(f"{where}: expected {expected}, got {value!r}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{where}: expected at least 0 and less than 2**63, got {value}")
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def read_numbers(values: Any, where: str) -> Array:
     """A further column: booleans, integers or floats of at most 64 bits, [n] or [n, width]."""
     array = to_numpy(values, where)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        refuse_nulls(array, where)
         raise TypeError(
             f"{where}: expected numbers of at most 64 bits (or another choice of `columns`), "
-            f"got {_kind_of(array)}"
+            f"got {kind_of(array)}"
         )
+    check_integers_are_exact(values, array, where)
     if array.ndim not in (1, 2):
         raise ValueError(f"{where}: expected shape [n] or [n, width], got {list(array.shape)}")
     return array
@@ -270,7 +335,7 @@ def conform(array: Array, dtype: np.dtype[Any], where: str) -> Array:
     if array.dtype.kind == "f" and dtype.kind == "f":
         with np.errstate(over="ignore"):
             cast = array.astype(dtype)
-        _check_rows(np.isfinite(cast) | ~np.isfinite(array), array, f"to fit {dtype}", where)
+        check_rows(np.isfinite(cast) | ~np.isfinite(array), array, f"to fit {dtype}", where)
         return cast
     if array.dtype.kind == "f" or dtype.kind == "b":
         raise TypeError(f"{where}: expected {dtype}, got {array.dtype}")
@@ -290,17 +355,28 @@ def conform(array: Array, dtype: np.dtype[Any], where: str) -> Array:
     return array.astype(dtype)
 
 
-def _kind_of(array: Array) -> str:
+def kind_of(array: Array) -> str:
     """The dtype, and what objects are."""
     if array.dtype.kind == "O" and array.size:
         return f"object ({', '.join(sorted({type(item).__name__ for item in array.flat}))})"
     return str(array.dtype)
 
 
-def _check_rows(valid: Array, array: Array, expected: str, where: str) -> None:
+def refuse_nulls(array: Array, where: str) -> None:
+    """Refuse a null among objects; other arrays have none."""
+    if array.dtype.kind == "O":
+        nulls = np.fromiter(map(is_null, array.flat), bool, array.size)
+        check_rows(~nulls.reshape(array.shape), array, "no null", where)
+
+
+def check_rows(
+    valid: Array, array: Array, expected: str, where: str, rows: Sequence[int] | None = None
+) -> None:
+    """Refuse the first value that is not valid, with its row (or what `rows` calls it)."""
     if not valid.all():
         place = int(np.argmin(valid))
-        at = f" in row {np.unravel_index(place, array.shape)[0]}" if array.ndim else ""
+        row = int(np.unravel_index(place, array.shape)[0]) if array.ndim else 0
+        at = f" in row {row if rows is None else rows[row]}" if array.ndim else ""
         raise ValueError(f"{where}: expected {expected}, got {array.flat[place]}{at}")
 
 

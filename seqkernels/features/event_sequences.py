@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqkernels.features import columns as read
+from seqkernels.features import times as clock
 from seqkernels.features.event_batch import EventBatch
 from seqkernels.features.fork import give_lock
-from seqkernels.features.ragged import Array, Rows, first_not_before, stable_order
+from seqkernels.features.ragged import Array, Rows, stable_order
 from seqkernels.features.runs import Runs
 
 _ORDERS = ("latest_first", "latest_last")
@@ -22,7 +24,7 @@ class _Events(NamedTuple):
 
     ids: Array  # [N] int64 or uint64
     labels: list[str] | None  # what the ids stand for where users are strings
-    times: str  # what times are, see `read_times`
+    times: str  # what times are, see `times.read_times`
     columns: dict[str, Array]  # the time column first; [N] or [N, width]
 
 
@@ -39,13 +41,16 @@ class EventSequences:
 
     Parameters
     ----------
-    *sources : mapping of str to column, pandas DataFrame, pyarrow Table or RecordBatch
-        At least one, possibly without rows; the first one sets the dtypes. A column is anything
-        that numpy can read, a pandas Series or a pyarrow array. The same as `append`, one by one.
+    *sources : mapping of str to column, DataFrame, or Arrow table
+        At least one, possibly without rows; the first one sets the dtypes. DataFrames are those of
+        pandas and polars. Arrow tables are pyarrow's and whatever offers Arrow's C interface
+        (``__arrow_c_stream__``), for which pyarrow must be installed, as for polars. A column is
+        anything that NumPy can read, or a column of one of these libraries. The same as `append`,
+        one by one.
     user, time : str
         Names of the two columns. User ids are integers, not necessarily dense, or strings. Times
-        are integers (kept as int64), floats (as float64), or datetimes (as nanoseconds from 1970,
-        with a time zone: UTC); one of the three in all sources.
+        are integers (kept as int64), floats of 64 bits, or datetimes, naive or aware (kept as
+        nanoseconds from 1970; aware ones in UTC); one of the four in all sources and requests.
     columns : sequence of str, optional
         Further columns to keep; by default all that the first source has. Booleans, integers and
         floats, [N] or [N, width]. What else a source has is not read.
@@ -60,7 +65,13 @@ class EventSequences:
         Events with equal user and time that agree in these columns too are one event: the copy
         that arrived last stays, at its place. By default all columns [N]; NaN equals NaN.
     padding : mapping of str to number, optional
-        What a column holds where there is no event; 0 by default.
+        What a column holds where there is no event; 0 by default. For datetimes also a datetime,
+        or NaT.
+    timezone : str or datetime.tzinfo, optional
+        The zone of naive datetimes, such as ``"Europe/Berlin"``: they are local times there. With
+        it all datetimes are kept in UTC, and naive and aware ones may be mixed; without it, that is
+        an error. NumPy's datetime64 counts as naive, since it cannot say which it is; so does the
+        one in a batch, which is UTC where times are aware: ``timezone="UTC"`` reads it back.
 
     Attributes
     ----------
@@ -72,8 +83,15 @@ class EventSequences:
     Raises
     ------
     ValueError, TypeError
-        For a missing column, columns of different lengths, nulls, times that are not finite,
-        values that do not fit the dtype that the first source set, and options out of range.
+        For a missing column or two of one name, columns of different lengths, nulls, values that do
+        not fit the dtype that the first source set, and options out of range; for times that are
+        not finite, datetimes that 64 bits of nanoseconds cannot hold (they reach from 1677-09-21
+        to 2262-04-11), naive and aware datetimes together, local times that clocks show twice or
+        never, and floats of fewer than 64 bits as times: they lose the order of events (float32
+        rounds seconds since 1970 to multiples of 128), and converting them back does not restore
+        it.
+    ImportError
+        For an object with Arrow's C interface where pyarrow is not installed.
 
     Notes
     -----
@@ -86,7 +104,8 @@ class EventSequences:
     empty history       the same
     ==================  ============================================================================
 
-    A null or NaN in a floating column is an event with NaN; in any other column it is an error.
+    A null or NaN in a floating column is an event with NaN; in any other column, and in a list, a
+    null is an error that names its row. (pandas itself makes floats of integers beside ``None``.)
 
     An append costs what it brings, not what is held, but for the few in which the columns grow by
     half: those copy everything.
@@ -109,6 +128,14 @@ class EventSequences:
     >>> batch = events.batch([7, 9, 8], at=30)  # nothing at 30 or later is seen
     >>> batch["item"].tolist(), batch.lengths.tolist()
     ([[101, 100, 0, 0], [100, 0, 0, 0], [0, 0, 0, 0]], [2, 1, 0])
+
+    An event at 12:00 in Berlin is before a request at 10:30 in UTC:
+
+    >>> from datetime import UTC, datetime
+    >>> local = {"user": [7], "time": [datetime(2024, 6, 1, 12)], "item": [5]}
+    >>> in_berlin = seqkernels.features.EventSequences(local, timezone="Europe/Berlin")
+    >>> in_berlin.batch([7], at=datetime(2024, 6, 1, 10, 30, tzinfo=UTC)).lengths.tolist()
+    [1]
 
     The sequences as the encoder's input:
 
@@ -133,15 +160,16 @@ class EventSequences:
         keep_latest: int | None = None,
         deduplicate_by: Sequence[str] | None = None,
         padding: Mapping[str, Any] | None = None,
+        timezone: str | datetime.tzinfo | None = None,
     ) -> None:
         if not sources:
             raise TypeError(_message("sources", "at least one", "none"))
         if user == time:
             raise ValueError(_message("time", "another column than user", repr(time)))
         self._user, self._time = user, time
+        source = read.frame(sources[0], _where("sources"))
         if columns is None:
-            given = read.names(sources[0], "EventSequences: sources")
-            columns = [name for name in given if name not in (user, time)]
+            columns = [name for name in read.names(source) if name not in (user, time)]
         self.columns = (time, *_names(columns, "columns"))
         for name in (user, time):
             if name in self.columns[1:]:
@@ -152,14 +180,17 @@ class EventSequences:
         if keep_latest is not None:
             keep_latest = _count(keep_latest, "keep_latest")
 
+        self._zone = clock.read_zone(timezone, _where("timezone"))
         give_lock(self)
         self._changing = False  # true for good if an insertion does not come to its end
         self._slots: dict[int | str, int] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}  # empty until the first source is read
-        first = self._read(sources[0])
+        first = self._read(source)
         self._strings = first.labels is not None
         self._id_dtype = first.ids.dtype
         self._times = first.times
+        if self._zone is not None and self._times not in clock.DATETIMES:
+            raise ValueError(_message("timezone", f"none, as times are {self._times}", self._zone))
         self._dtypes = {name: array.dtype for name, array in first.columns.items()}
         flat = [n for n, array in first.columns.items() if array.ndim == 1 and n != time]
         self._runs = Runs(
@@ -169,15 +200,15 @@ class EventSequences:
             keep_latest,
         )
         self._insert(first)
-        for source in sources[1:]:
-            self.append(source)
+        for further in sources[1:]:
+            self.append(further)
 
     def append(self, events: Any) -> None:
         """Take in further events, in any order; all of them or, with an error in them, none.
 
         Parameters
         ----------
-        events : mapping of str to column, pandas DataFrame, pyarrow Table or RecordBatch
+        events : mapping of str to column, DataFrame, or Arrow table
             With the columns of the first source, of values that fit its dtypes.
 
         Examples
@@ -208,14 +239,15 @@ class EventSequences:
         users : column
             [B] ids, as in the events; a user may appear more than once.
         at : time or column, optional
-            The request time, or one for each user [B]. Only events strictly before it are seen.
-            ``None``: every event is.
+            The request time, or one for each user [B], of the kind that the events' times are.
+            Only events strictly before it are seen. ``None``: every event is.
         length : int, optional
             L; by default that of the constructor.
         exclude_within : time span
             Events later than this before `at`, or exactly at that distance, are not seen either:
             what is seen has ``time < at - exclude_within``. In the unit of times; a timedelta
-            where they are datetimes.
+            where they are datetimes. With floats, an event at the distance up to rounding counts as
+            at the distance: 10.2 is not seen from 10.3 with 0.1.
         order : str
             ``"latest_first"`` or ``"latest_last"``. In both the events come first in a row
             and the padding after them.
@@ -224,7 +256,8 @@ class EventSequences:
         -------
         EventBatch
             Columns [B, L] or [B, L, width] in the events' dtypes, times included (datetime64[ns]
-            where they are datetimes), and ``lengths`` [B] int64. New arrays, not views.
+            where they are datetimes, in UTC where they are aware), and ``lengths`` [B] int64. New
+            arrays, not views. ``batch(...).tensors()`` is what modules take.
 
         Examples
         --------
@@ -237,14 +270,17 @@ class EventSequences:
         if order not in _ORDERS:
             raise ValueError(_message("order", " or ".join(map(repr, _ORDERS)), repr(order)))
         keys, which = self._read_users(users)
-        bound = self._bound(at, exclude_within, len(which))
+        span = clock.read_span(exclude_within, self._times, _where("exclude_within"))
+        moments = self._moments(at, len(which))
+        if moments is None and span:
+            raise ValueError(_message("exclude_within", "0 without `at`", repr(exclude_within)))
         with self._lock:
             self._check_whole()
             get = self._slots.get
             slots = np.array([get(key, 0) for key in keys], dtype=np.int64)[which]  # [B]
             _, first, last, _ = self._runs.bounds[slots].T
-            if bound is not None:
-                last = first_not_before(self._runs.time, first, last, bound)
+            if moments is not None:
+                last = clock.rows_before(self._runs.time, first, last, moments, span)
             lengths = np.minimum(last - first, length)
             steps = np.arange(length)
             if order == "latest_first":
@@ -253,7 +289,7 @@ class EventSequences:
                 rows = (last - lengths)[:, None] + steps
             rows *= steps < lengths[:, None]  # [B, L]; row 0 is the padding
             columns = {name: c.take(rows, axis=0) for name, c in self._runs.columns.items()}
-        if self._times == "datetimes":
+        if self._times in clock.DATETIMES:
             columns[self._time] = columns[self._time].view("M8[ns]")
         return EventBatch(columns, lengths)
 
@@ -310,15 +346,18 @@ class EventSequences:
 
     def _read(self, events: Any) -> _Events:
         """Check a source against the first one."""
-        present = read.names(events, "EventSequences: events")
+        events = read.frame(events, _where("events"))
+        present = read.names(events)
         names = (self._user, *self.columns)
         for name in names:
             if name not in present:
                 raise ValueError(_message(name, "a column of this name", f"only {present}"))
+            if (count := present.count(name)) > 1:
+                raise ValueError(_message(name, "one column of this name", count))
         if self._dtypes and all(read.is_empty(read.column(events, name)) for name in names):
             return _Events(np.empty(0, dtype=np.int64), None, self._times, {})
         ids, labels = read.read_ids(read.column(events, self._user), _where(self._user))
-        times, kind = read.read_times(read.column(events, self._time), _where(self._time))
+        times, kind = self._read_times(read.column(events, self._time), self._time)
         columns = {self._time: times}
         for name in self.columns[1:]:
             columns[name] = read.read_numbers(read.column(events, name), _where(name))
@@ -335,26 +374,31 @@ class EventSequences:
         self._check_kind(labels, self._user)
         if labels is None:
             ids = read.conform(ids, self._id_dtype, _where(self._user))
-        columns[self._time] = self._check_times(times, kind, self._time)
         for name in self.columns[1:]:
             shape = self._runs.columns[name].shape[1:]
             if columns[name].shape[1:] != shape:
                 expected = f"shape {['n', *shape]}, as in the first source"
                 raise ValueError(_message(name, expected, list(columns[name].shape)))
             columns[name] = read.conform(columns[name], self._dtypes[name], _where(name))
-        return _Events(ids, labels, self._times, columns)
+        return _Events(ids, labels, kind, columns)
 
     def _check_kind(self, labels: list[str] | None, name: str) -> None:
         if (labels is not None) != self._strings:
             kinds = ("strings", "integers") if self._strings else ("integers", "strings")
             raise TypeError(_message(name, f"{kinds[0]}, as in the first source", kinds[1]))
 
-    def _check_times(self, times: Array, kind: str, name: str) -> Array:
-        if kind == self._times:
-            return times
-        if (kind, self._times) == ("integers", "numbers"):
-            return read.conform(times, np.dtype(np.float64), _where(name))
-        raise TypeError(_message(name, f"{self._times}, as in the first source", kind))
+    def _read_times(self, values: Any, name: str) -> tuple[Array, str]:
+        """Times, and of which kind: that of the first source, once there is one."""
+        times, kind = clock.read_times(values, self._zone, _where(name))
+        if not self._dtypes or kind == self._times:
+            return times, kind
+        if (kind, self._times) == (clock.INTEGERS, clock.NUMBERS):
+            return read.conform(times, np.dtype(np.float64), _where(name)), self._times
+        hint = ""
+        if kind in clock.DATETIMES and self._times in clock.DATETIMES:
+            hint = " (`timezone`, of the constructor, says where naive ones are local)"
+        expected = f"{self._times}, as in the first source"
+        raise TypeError(_message(name, expected, kind) + hint)
 
     def _read_users(self, users: Any) -> tuple[list[Any], Rows]:
         """Keys of the users asked for, and for each of the batch which key is its own."""
@@ -367,34 +411,33 @@ class EventSequences:
             return labels, ids
         return ids.tolist(), np.arange(len(ids))
 
-    def _bound(self, at: Any, exclude_within: Any, count: int) -> Array | None:
-        """[B], the first time that is not seen."""
-        span = read.read_span(exclude_within, self._times, _where("exclude_within"))
+    def _moments(self, at: Any, count: int) -> Array | None:
+        """The request times [B]."""
         if at is None:
-            if span:
-                raise ValueError(_message("exclude_within", "0 without `at`", repr(exclude_within)))
             return None
-        times, kind = read.read_times(at, _where("at"))
-        times = self._check_times(times, kind, "at")
+        if read.is_empty(at):  # then its type says nothing
+            times = np.empty(0, dtype=self._dtypes[self._time])
+        else:
+            times, _ = self._read_times(at, "at")
         if times.ndim and times.shape != (count,):
             raise ValueError(_message("at", f"one time or {count}", f"shape {list(times.shape)}"))
-        times = np.broadcast_to(times, count)
-        bound: Array = times - np.array(span, dtype=times.dtype)
-        if times.dtype.kind == "i":
-            bound[bound > times] = np.iinfo(np.int64).min  # wrapped around
-        return bound
+        return np.broadcast_to(times, count)
 
     def _padding(self, given: Mapping[str, Any], first: Mapping[str, Array]) -> dict[str, Array]:
         """Row 0 of each column."""
         _chosen(given, self.columns, "padding")
         rows = {}
         for name, array in first.items():
+            title = f"padding[{name!r}]"
             value = np.asarray(given.get(name, array.dtype.type(0)))
-            if name == self._time and self._times == "datetimes":
-                value = value.astype("M8[ns]").view(np.int64)
+            if name == self._time and self._times in clock.DATETIMES and value.dtype.kind in "MO":
+                if read.is_null(given[name]):  # NaT, where there is no time
+                    value = np.array(np.datetime64("NaT", "ns")).view(np.int64)
+                else:
+                    value, _ = self._read_times(given[name], title)
             if value.ndim or value.dtype.kind not in "biuf":
-                raise TypeError(_message(f"padding[{name!r}]", "a number", repr(given[name])))
-            value = read.conform(value, array.dtype, _where(f"padding[{name!r}]"))
+                raise TypeError(_message(title, "a number", repr(given[name])))
+            value = read.conform(value, array.dtype, _where(title))
             rows[name] = np.full(array.shape[1:], value, dtype=array.dtype)
         return rows
 

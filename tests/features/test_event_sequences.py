@@ -426,13 +426,13 @@ GOOD = {"user": [1, 2], "time": [1, 2], "item": [3, 4]}
         ),
         (
             lambda: EventSequences(GOOD | {"time": [datetime.datetime(2026, 1, 1), None]}),
-            TypeError,
-            "time: expected integers, floats or datetimes, got object (NoneType, datetime)",
+            ValueError,
+            "time: expected no null, got None in row 1",
         ),
         (
             lambda: EventSequences(GOOD | {"time": np.array(["2026", "3000"], "M8[D]")}),
             ValueError,
-            "time: expected a time from 1678 to 2261, got 3000-01-01 in row 1",
+            "time: expected a time from 1677-09-21 to 2262-04-11 (64 bits of nanoseconds), got 3",
         ),
         (
             lambda: EventSequences(GOOD | {"x": [[1, 2], [1]]}),
