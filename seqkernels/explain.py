@@ -23,6 +23,8 @@ from seqkernels.nn import (
     UserSequenceEncoder,
 )
 from seqkernels.nn.fused_sequential import channel_norm
+from seqkernels.ops.encoder import HAS_BIAS
+from seqkernels.ops.encoder_checks import split_mask
 from seqkernels.reference.linear import fold_reasons
 from seqkernels.swap import swap_reasons
 from seqkernels.tables import as_text
@@ -261,6 +263,9 @@ def _explain_encoder(
     else:
         mask = call.get("mask", call.get("src_mask"))
         reasons = encoder.fallback_reasons(x, mask)
+    padding_mask = call.get("src_key_padding_mask", call.get("key_padding_mask"))
+    if isinstance(padding_mask, Tensor) and split_mask(padding_mask).bias is not None:
+        reasons.append(HAS_BIAS)
     size = _size(encoder)
     label, others = _explain_backend("encoder", encoder.backend, x.device.type, x.dtype, size)
     if reasons:

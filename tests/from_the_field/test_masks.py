@@ -82,6 +82,14 @@ def test_other_values_are_torchs(name: str, backend: str, caplog: pytest.LogCapt
     assert "holds values other than 0" in told[0]
 
 
+def test_explain_says_what_a_mask_of_other_values_runs() -> None:
+    ours, x = swapped(encoder()), draw(B, L, D)
+    for mask, runs in ((BIASES["small negatives"], True), (additive(RIGHT, -1e4), False)):
+        (entry,) = seqkernels.explain(ours, x, src_key_padding_mask=mask).entries
+        assert (entry.runs == "plain PyTorch") == runs
+        assert ("fused kernel" in dict(entry.why_not)) == runs
+
+
 @pytest.mark.parametrize("fusion", ["none", "concat", "append"])
 def test_a_bias_in_this_package_s_own_encoder(fusion: str) -> None:
     """The reference adds it, and the oracle of the rule is the reference in fp64."""
