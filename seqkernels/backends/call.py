@@ -54,8 +54,6 @@ class EncoderCall(NamedTuple):
     pool: str
     out: Tensor  # [B, L', D] or [B, latest_k * D (+ D)], to be written; B >= 1
     user_index: Tensor | None = None  # [B] int64, contiguous; of request scoring
-    # [] bool, of padding "stock": whether padded positions are computed, decided on the device
-    computes_padding: Tensor | None = None
 
 
 class ResilientBatchNormOptions(NamedTuple):
