@@ -231,7 +231,7 @@ def _explain_chains(
             runs = "torch.nn.functional.linear" + ("" if reasons else ", the norm in its weights")
             told.append((members, runs, folded))
         else:
-            part = linear if step.kind == "bf16" else norm or linear
+            part = norm if step.kind == "norm" else linear
             assert isinstance(part, Linear | ResilientBatchNorm1d)
             told.append((members, *_explain_single(part, call)))
     return told

@@ -237,6 +237,8 @@ def _find(model: nn.Module) -> _Found:
 def _is_linear_or_sequence(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # of torch's attention, which reads its weight and does not call it
+    if type(module) is Linear:
+        return module.precision == "fp32"  # such as those of an EngagementRanker
     return isinstance(module, nn.Linear | nn.Sequential) and type(module) not in _OURS
 
 
@@ -289,6 +291,8 @@ def swap_reasons(module: nn.Module, backend: str = "auto") -> list[str]:
     kind: type[nn.Module] = type(module)
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return ["it is lazy and knows no sizes yet; run the model once before the swap"]
+    if kind is Linear:
+        kind = nn.Linear
     if kind not in _REPLACEABLE:
         return [_other_type(module)]
     reasons = []

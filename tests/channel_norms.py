@@ -55,6 +55,7 @@ class LinearCase:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     seed: int = 0
+    precision: str = "bf16"
 
     def x(self) -> Tensor:
         g = torch.Generator().manual_seed(self.seed)
@@ -90,7 +91,7 @@ class LinearCase:
         for norm in norms:
             tensors += [None] * 4 if norm is None else list(norm[:4])
             numbers.append([] if norm is None else op_numbers(norm))
-        return tensors, *numbers, self.activation, 0.2, backend
+        return tensors, *numbers, self.activation, 0.2, self.precision, backend
 
     def run(self, isa: str, x: Tensor | None = None) -> Tensor:
         """The op on one instruction set, of which the backend's own count is proof."""

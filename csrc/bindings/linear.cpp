@@ -34,7 +34,7 @@ class LinearWeights {
                 const std::vector<float>& input_norm_options,
                 const std::vector<uintptr_t>& output_norm,
                 const std::vector<float>& output_norm_options, const std::string& activation,
-                float negative_slope)
+                float negative_slope, bool fp32_operands)
       : isa_(std::move(isa)) {
     LinearParameters p;
     p.in_features = in_features;
@@ -45,6 +45,7 @@ class LinearWeights {
     p.output_norm = norm_of("output_norm", output_norm, output_norm_options);
     p.activation = activation_of("linear", activation);
     p.negative_slope = negative_slope;
+    p.fp32_operands = fp32_operands;
     const py::gil_scoped_release release;
     linear_ = make_linear(isa_, p);
   }
@@ -80,11 +81,11 @@ void bind_linear(py::module_& m) {
       .def(py::init<std::string, int64_t, int64_t, uintptr_t, uintptr_t,
                     const std::vector<uintptr_t>&, const std::vector<float>&,
                     const std::vector<uintptr_t>&, const std::vector<float>&, const std::string&,
-                    float>(),
+                    float, bool>(),
            py::arg("isa"), py::arg("in_features"), py::arg("out_features"), py::arg("weight"),
            py::arg("bias"), py::arg("input_norm"), py::arg("input_norm_options"),
            py::arg("output_norm"), py::arg("output_norm_options"), py::arg("activation"),
-           py::arg("negative_slope"))
+           py::arg("negative_slope"), py::arg("fp32_operands"))
       .def_property_readonly("isa", &LinearWeights::isa)
       .def_property_readonly("nbytes", &LinearWeights::packed_bytes)
       .def("workspace_bytes", &LinearWeights::workspace_bytes)

@@ -71,7 +71,7 @@ class CpuLinear final : public Linear {
     m_.strips = (p.out_features + kernel.lanes - 1) / kernel.lanes;
     m_.activation = p.activation;
     m_.negative_slope = p.negative_slope;
-    pack_weight(p.weight);
+    pack_weight(p.weight, p.fp32_operands);
     m_.input_norm = pack_norm(p.input_norm, p.in_features, nullptr);
     m_.output_norm = pack_norm(p.output_norm, p.out_features, p.bias);
     if (!p.output_norm.present()) {
@@ -126,7 +126,7 @@ class CpuLinear final : public Linear {
   }
 
   // [strip][step][lane]
-  void pack_weight(const float* weight) {
+  void pack_weight(const float* weight, bool fp32_operands) {
     const int64_t k_count = m_.in_features;
     uint32_t* to = take(m_.strips * m_.steps * kernel_.lanes);
     m_.weight = to;
@@ -139,8 +139,12 @@ class CpuLinear final : public Linear {
           const auto element = [&](int64_t k) {
             return k < k_count ? static_cast<uint32_t>(round_to_bf16(row[k])) : 0u;
           };
-          *to = kernel_.pair == 2 ? element(2 * step) | element(2 * step + 1) << 16
-                                  : element(step) << 16;  // a bf16 widened to fp32
+          if (fp32_operands) {
+            if (step < k_count) std::memcpy(to, row + step, sizeof(float));
+          } else {
+            *to = kernel_.pair == 2 ? element(2 * step) | element(2 * step + 1) << 16
+                                    : element(step) << 16;  // a bf16 widened to fp32
+          }
         }
       }
     }
@@ -225,13 +229,15 @@ class CpuLinear final : public Linear {
 std::unique_ptr<Linear> make_linear(const LinearKernelEntry& kernel,
                                     const LinearParameters& parameters) {
   check_parameters(parameters);
+  if (parameters.fp32_operands && kernel.pair != 1)
+    refuse("fp32_operands: expected a kernel that multiplies fp32");
   return std::make_unique<CpuLinear>(parameters, kernel);
 }
 
 }  // namespace cpu
 
 std::unique_ptr<Linear> make_linear(const std::string& isa, const LinearParameters& parameters) {
-  return cpu::make_linear(cpu::linear_kernel(isa), parameters);
+  return cpu::make_linear(cpu::linear_kernel(isa, parameters.fp32_operands), parameters);
 }
 
 }  // namespace seqkernels

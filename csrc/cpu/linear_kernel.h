@@ -2,8 +2,8 @@
 // the kernel sources inside their own namespace.
 //
 // Numerics: the norm in front works in fp32 on x as it is, then x and the weights are rounded to
-// the operand (bf16, or weights of bf16 widened to fp32); sums, bias, the norm behind and the
-// activation are fp32; the output is rounded once.
+// the operand (bf16; or fp32, with weights that are packed as they are or as bf16 widened); sums,
+// bias, the norm behind and the activation are fp32; the output is rounded once.
 
 template <class Product>
 struct LinearKernel {
@@ -127,25 +127,30 @@ struct LinearKernel {
     });
   }
 
-  template <int kStrips>
+  template <int kStrips, bool kOneRow = false>
   static __attribute__((noinline)) void product(const PackedLinear& m, const LinearCall& call,
                                                 const LinearTask& task, const uint32_t* panel,
                                                 int64_t strip) {
     const LeftOperand a{panel, static_cast<ptrdiff_t>(m.steps) * kPanelRows, kPanelRows};
     const ptrdiff_t b_stride = static_cast<ptrdiff_t>(m.steps) * kLanes;
     const int rows = static_cast<int>(task.row_end - task.row_begin);
-    Product::template run<kStrips>(
-        a, 0, rows, m.weight + strip * b_stride, b_stride, steps_to_run(m.in_features),
-        [&](int row, int s, const auto& c) __attribute__((always_inline)) {
-          constexpr int kRows = static_cast<int>(sizeof(c) / sizeof(V));
-          V sums[kRows];  // in memory, which the accumulators are not
+    const auto epilogue = [&](int row, int s, const auto& c) __attribute__((always_inline)) {
+      constexpr int kRows = static_cast<int>(sizeof(c) / sizeof(V));
+      V sums[kRows];  // in memory, which the accumulators are not
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) sums[r] = c[r];
-          const int left = rows - row;
-          if (left > 0)
-            finish(m, call, task.row_begin + row, left < kRows ? left : kRows, (strip + s) * kLanes,
-                   sums);
-        });
+      for (int r = 0; r < kRows; ++r) sums[r] = c[r];
+      const int left = rows - row;
+      if (left > 0)
+        finish(m, call, task.row_begin + row, left < kRows ? left : kRows, (strip + s) * kLanes,
+               sums);
+    };
+    const uint32_t* b = m.weight + strip * b_stride;
+    const int steps = steps_to_run(m.in_features);
+    if constexpr (kOneRow) {
+      Product::template run_one_row<kStrips>(a, b, b_stride, steps, epilogue);
+    } else {
+      Product::template run<kStrips>(a, 0, rows, b, b_stride, steps, epilogue);
+    }
   }
 
   static int steps_to_run(int64_t elements) {
@@ -157,6 +162,12 @@ struct LinearKernel {
                   uint32_t* panel) {
     load_panel(m, call, task, panel);
     int64_t strip = task.strip_begin;
+    if constexpr (Product::kOneRowStrips > 0) {
+      if (task.row_end - task.row_begin == 1) {
+        for (; strip + Product::kOneRowStrips <= task.strip_end; strip += Product::kOneRowStrips)
+          product<Product::kOneRowStrips, true>(m, call, task, panel, strip);
+      }
+    }
     for (; strip + Product::kMaxStrips <= task.strip_end; strip += Product::kMaxStrips)
       product<Product::kMaxStrips>(m, call, task, panel, strip);
     for (; strip < task.strip_end; ++strip) product<1>(m, call, task, panel, strip);

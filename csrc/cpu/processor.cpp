@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <stdexcept>
 
 #include "cpu/isa_table.h"
@@ -205,8 +206,15 @@ const EncoderKernelEntry& encoder_kernel(const std::string& isa) {
   return find_runnable(isa).encoder();
 }
 
-const LinearKernelEntry& linear_kernel(const std::string& isa) {
-  return find_runnable(isa).linear();
+const LinearKernelEntry& linear_kernel(const std::string& isa, bool fp32_operands) {
+  const Isa& found = find_runnable(isa);
+  if (!fp32_operands || found.linear().pair == 1) return found.linear();
+  for (const Isa* below = &found + 1; below != std::end(kIsas); ++below) {
+    Reasons reasons;
+    below->check(reasons);
+    if (reasons.empty() && below->linear().pair == 1) return below->linear();
+  }
+  return linear_portable();
 }
 
 const ResilientBatchNormKernelEntry& resilient_batch_norm_kernel(const std::string& isa) {

@@ -10,6 +10,8 @@ struct RowProduct {
   using V = typename Isa::V;
   static constexpr int kMaxStrips = kStripLimit;
   static constexpr bool kWholeTiles = false;  // whether steps come in whole tiles
+  // Of a single row, so that as many sums are under way as the latency of a multiply-add wants.
+  static constexpr int kOneRowStrips = 8;
   static_assert(16 % kRowBlock == 0, "a block of rows must not straddle tiles");
 
   static void enter() {}
@@ -36,13 +38,20 @@ struct RowProduct {
     if (row < row_end) block<1, kStrips>(a, row, b, b_stride, steps, epilogue);
   }
 
+  template <int kStrips, class Epilogue>
+  static inline __attribute__((always_inline)) void run_one_row(LeftOperand a, const uint32_t* b,
+                                                                ptrdiff_t b_stride, int steps,
+                                                                Epilogue&& epilogue) {
+    block<1, kStrips>(a, 0, b, b_stride, steps, epilogue);
+  }
+
  private:
   template <int kRows, int kStrips, class Epilogue>
   static inline __attribute__((always_inline)) void block(const LeftOperand& a, int row,
                                                           const uint32_t* b, ptrdiff_t b_stride,
                                                           int steps, Epilogue& epilogue) {
     V c[kStrips][kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 0; s < kStrips; ++s) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) c[s][r] = Isa::zero();
@@ -54,19 +63,19 @@ struct RowProduct {
 #pragma GCC unroll 4
       for (int k = 0; k < inside; ++k) {
         decltype(Isa::load_operand(pb)) w[kStrips];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int s = 0; s < kStrips; ++s) w[s] = Isa::load_operand(pb + s * b_stride);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const auto x = Isa::broadcast_operand(pa + r * 16 + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int s = 0; s < kStrips; ++s) c[s][r] = Isa::dot(c[s][r], x, w[s]);
         }
         pb += Isa::kLanes;
       }
       pa += 256;
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 0; s < kStrips; ++s) epilogue(row, s, c[s]);
   }
 };
@@ -77,6 +86,7 @@ struct RowTileProduct {
   using Isa = typename TileProduct::Isa;
   static constexpr int kMaxStrips = TileProduct::kMaxStrips;
   static constexpr bool kWholeTiles = true;
+  static constexpr int kOneRowStrips = 0;  // a tile has 16 rows
 
   static void enter() { TileProduct::enter(); }
   static void leave() { TileProduct::leave(); }

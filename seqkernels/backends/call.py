@@ -82,12 +82,13 @@ class ResilientBatchNormCall(NamedTuple):
 
 
 class LinearOptions(NamedTuple):
-    """The numbers of a linear layer's norms (eps, min_var, max_abs; or none) and its activation."""
+    """The numbers of a linear layer's norms (eps, min_var, max_abs; or none), and the rest."""
 
     input_norm: tuple[float, ...]
     output_norm: tuple[float, ...]
     activation: str
     negative_slope: float
+    precision: str  # of the product's operands: "bf16" or "fp32"
 
 
 class LinearCall(NamedTuple):

@@ -154,6 +154,7 @@ def _pack_linear(weights: Sequence[Tensor | None], options: LinearOptions, isa: 
         options.output_norm,
         options.activation,
         options.negative_slope,
+        options.precision == "fp32",
     )
 
 

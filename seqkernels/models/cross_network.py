@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ class CrossNetwork(nn.Module):
         How many; with 0 it returns its input.
     rank : int, optional
         r of ``U_l`` [D, r] and ``V_l`` [r, D]; ``None``: ``W_l`` is one [D, D] matrix.
+    linear : callable
+        Makes the linear layers, with the arguments of ``torch.nn.Linear``.
 
     Examples
     --------
@@ -32,13 +36,20 @@ class CrossNetwork(nn.Module):
     torch.Size([4, 6])
     """
 
-    def __init__(self, width: int, num_layers: int, rank: int | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        rank: int | None = None,
+        *,
+        linear: Callable[..., nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
 
         def product() -> nn.Module:
             if rank is None:
-                return nn.Linear(width, width)
-            return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
+                return linear(width, width)
+            return nn.Sequential(linear(width, rank, bias=False), linear(rank, width))
 
         self.layers = nn.ModuleList(product() for _ in range(num_layers))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkernels.models.cross_network import CrossNetwork
-from seqkernels.nn import ResilientBatchNorm1d, UserSequenceEncoder
+from seqkernels.nn import Linear, ResilientBatchNorm1d, UserSequenceEncoder
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -161,8 +161,12 @@ class EngagementRanker(nn.Module):
 
     The sequence part is that of TransAct (arXiv:2306.00248); the whole is the engagement model of
     "User Action Sequence Modeling for Pinterest Ads Engagement Modeling" (Pinterest Engineering,
-    2024). It trains with torch's autograd. In ``eval`` without gradients the encoder and the norms
-    run as kernels; `seqkernels.swap` does the same for the MLP and for large linear layers.
+    2024). It trains with torch's autograd. In ``eval`` without gradients the encoder, the norms and
+    the linear layers run as kernels; `seqkernels.swap` fuses the MLP and takes large linear layers
+    to bf16.
+
+    On the CPU, in float32 and bfloat16, the logits of a user and a candidate have the same bits
+    whatever the other pairs of the call, their order and the number of threads.
 
     Index 0 of both tables is padding: its embedding is zero and is not trained. A position from
     ``lengths`` on is neither read nor returned, in training as in serving, so the logits do not
@@ -225,10 +229,18 @@ class EngagementRanker(nn.Module):
                 width, min_var=config.min_var, max_abs=config.max_abs, backend=backend
             )
 
+        # There is no kernel of linear layers elsewhere; torch's product runs there.
+        of_cpu = backend if backend in ("cpu", "reference") else "auto"
+
+        def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Module:
+            return Linear(in_features, out_features, bias, precision="fp32", backend=of_cpu)
+
         self.dense_norm = norm(config.num_dense)
-        self.cross = CrossNetwork(config.crossed_dim, config.cross_layers, config.cross_rank)
-        self.mlp = mlp(config, norm)
-        self.heads = heads(config)
+        self.cross = CrossNetwork(
+            config.crossed_dim, config.cross_layers, config.cross_rank, linear=linear
+        )
+        self.mlp = mlp(config, norm, linear)
+        self.heads = heads(config, linear)
 
     def forward(
         self, actions: Tensor, items: Tensor, lengths: Tensor, dense: Tensor, candidate: Tensor
@@ -346,7 +358,11 @@ class EngagementRanker(nn.Module):
     def predict(
         self, actions: Tensor, items: Tensor, lengths: Tensor, dense: Tensor, candidate: Tensor
     ) -> dict[str, Tensor]:
-        """Probabilities by head, [N] each; parameters as in `forward`."""
+        """Probabilities by head, [N] each; parameters as in `forward`.
+
+        Torch's sigmoid rounds some values otherwise at the end of a tensor than before it: compare
+        logits where bits count.
+        """
         p = self(actions, items, lengths, dense, candidate).sigmoid()
         return dict(zip(self.config.heads, p.unbind(-1), strict=True))
 
@@ -415,25 +431,31 @@ def embedding(count: int, width: int) -> nn.Embedding:
     return table
 
 
-def mlp(config: EngagementRankerConfig, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """The MLP, with the batch norms that `norm` makes."""
+def mlp(
+    config: EngagementRankerConfig,
+    norm: Callable[[int], nn.Module],
+    linear: Callable[..., nn.Module] = nn.Linear,
+) -> nn.Sequential:
+    """The MLP, with the batch norms and linear layers that these make."""
     layers: list[nn.Module] = []
     width = config.crossed_dim
     for hidden in config.hidden:
         # The norm subtracts a mean and adds its own bias, so the linear layer needs none.
-        layers += [nn.Linear(width, hidden, bias=False), norm(hidden), nn.ReLU()]
+        layers += [linear(width, hidden, bias=False), norm(hidden), nn.ReLU()]
         layers.append(nn.Dropout(config.dropout))
         width = hidden
     return nn.Sequential(*layers)
 
 
-def heads(config: EngagementRankerConfig) -> nn.ModuleDict:
-    """One small network for each head, by name."""
+def heads(
+    config: EngagementRankerConfig, linear: Callable[..., nn.Module] = nn.Linear
+) -> nn.ModuleDict:
+    """One small network for each head, by name, of the linear layers that `linear` makes."""
     width, hidden = config.hidden[-1], config.head_hidden
 
     def head() -> nn.Module:
         if hidden is None:
-            return nn.Linear(width, 1)
-        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+            return linear(width, 1)
+        return nn.Sequential(linear(width, hidden), nn.ReLU(), linear(hidden, 1))
 
     return nn.ModuleDict({name: head() for name in config.heads})

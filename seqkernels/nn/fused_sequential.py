@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from seqkernels import backends, ops
 from seqkernels.backends.linear_weights import LAYOUT, OUTPUT_NORM
+from seqkernels.backends.weights import recheck_weights
 from seqkernels.nn import read
 from seqkernels.nn.linear import Linear
 from seqkernels.nn.owner import Owner
 from seqkernels.nn.resilient_batch_norm import ResilientBatchNorm1d
-from seqkernels.ops.library import nobody_listens
+from seqkernels.ops.library import NEEDS_GRADIENT, is_eager, nobody_listens, records_gradients
 from seqkernels.reference.linear import ChannelNorm, fold_norm, fold_reasons
 from seqkernels.reference.resilient_batch_norm import activate
 
@@ -32,9 +33,10 @@ class Step:
     names : tuple of str
         Of the members, activation and dropout included.
     kind : str
-        ``"bf16"``: product, the norms around it and the activation as one op; ``"torch"``: torch's
-        product with the norm folded into its weights, or behind it where that may not be;
-        ``"norm"``: batch norm and activation as one op; ``"module"``: a member as it is.
+        ``"bf16"``, ``"fp32"``: product, the norms around it and the activation as one op, with
+        these operands; ``"torch"``: torch's product with the norm folded into its weights, or
+        behind it where that may not be; ``"norm"``: batch norm and activation as one op;
+        ``"module"``: a member as it is.
     input_norm, linear, output_norm, activation : torch.nn.Module or None
         Their parts; a ``"module"`` is in ``linear``.
     """
@@ -60,8 +62,8 @@ class FusedSequential(Owner, nn.Sequential):
         [norm ->] Linear [-> norm] [-> activation]         norm [-> activation]
 
     with norm a `ResilientBatchNorm1d`, Linear this package's or torch's, and activation torch's
-    ReLU, GELU or LeakyReLU module. Around this package's `Linear` (bf16) norms work on the fp32
-    sums and on the unrounded input; an exact norm behind torch's Linear is folded into its weights.
+    ReLU, GELU or LeakyReLU module. Around this package's `Linear` norms work on the fp32 sums and
+    on the unrounded input; an exact norm behind torch's Linear is folded into its weights.
 
     Notes
     -----
@@ -140,7 +142,7 @@ class FusedSequential(Owner, nn.Sequential):
         x = input
         for step in self.steps():
             # Where a member has changed the shape a norm's channels are no longer the last ones.
-            fits = step.kind == "module" or x.dim() == 2
+            fits = step.kind == "module" or (x.dim() == 2 and (x.is_cpu or step.kind != "fp32"))
             out = _run(self, step, x) if fits else ()
             if not isinstance(out, Tensor):
                 if out:  # why torch's modules are faster
@@ -198,7 +200,7 @@ def _step(members: Members, first: int, any_mode: bool) -> Step:
     at += output_norm is not None
     activation = _activation(member(at))
     at += activation is not None
-    kind = "bf16" if type(linear) is Linear else "torch"
+    kind = linear.precision if type(linear) is Linear else "torch"
     return Step(_names(members, first, at), kind, input_norm, linear, output_norm, activation)
 
 
@@ -239,9 +241,17 @@ def _run(owner: FusedSequential, step: Step, x: Tensor) -> Tensor | Sequence[str
         return ops.apply_resilient_batch_norm(x, *behind, *numbers, *activation, norm.backend)
     before, before_numbers = _norm_arguments(step.input_norm)
     weights = [linear.weight, linear.bias, *before, *behind]
-    if step.kind == "bf16":
+    if step.kind != "torch":
         return ops.apply_linear(
-            owner, step.names, x, weights, before_numbers, numbers, *activation, linear.backend
+            owner,
+            step.names,
+            x,
+            weights,
+            before_numbers,
+            numbers,
+            *activation,
+            linear.precision,
+            linear.backend,
         )
     return _torch_product(owner, x, weights, numbers, activation, step)
 
@@ -256,11 +266,19 @@ def _torch_product(
 ) -> Tensor | Sequence[str]:
     """Torch's product, with the norm folded into its weights, once as long as they stay, if legal.
 
-    Under a tracer or with gradients to record nothing is kept between calls: there the norm runs.
+    Under a tracer nothing is kept between calls: there the norm runs.
     """
     linear, norm = step.linear, step.output_norm
     assert linear is not None
     assert norm is not None
+    if is_eager(x):
+        if records_gradients(x, *weights):
+            recheck_weights()  # a step of an optimizer may follow
+            return (NEEDS_GRADIENT,)
+        choice, _ = backends.choose("resilient_batch_norm", norm.backend, x.device.type, x.dtype)
+        declined = backends.declined(choice)
+        if declined:
+            return declined
     if nobody_listens(x):
         weight_set = owner._packed.lookup(LAYOUT, weights, step.names)
         folded = weight_set.derived(("fold", *numbers), _fold, norm, weights)

@@ -1,4 +1,4 @@
-"""Drop-in ``Linear`` that multiplies in bf16."""
+"""Drop-in ``Linear`` that multiplies in bf16, or in fp32 with bits that depend on a row alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
+from seqkernels.ops.linear import check_precision
 
 _NO_NORMS: list[Tensor | None] = [None] * 8
 
 
 class Linear(Owner, nn.Linear):
-    """``torch.nn.Linear`` with bf16 operands and fp32 sums in evaluation.
+    """``torch.nn.Linear`` with bf16 or fp32 operands and fp32 sums in evaluation.
 
     ::
 
@@ -25,21 +26,27 @@ class Linear(Owner, nn.Linear):
     ----------
     in_features, out_features, bias, device, dtype
         As in ``torch.nn.Linear``.
+    precision : str
+        ``"bf16"``: ``x`` and the weights are rounded to bf16 where the processor multiplies it (the
+        weights everywhere). ``"fp32"``: they are multiplied as they are.
     backend : str
         ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Notes
     -----
-    In evaluation the op ``torch.ops.seqkernels.linear`` runs: ``x`` and the weights are rounded to
-    bf16 where the processor multiplies it (the weights everywhere), sums and bias are fp32, and
-    the result has the dtype of ``x``. In training, with gradients to record, or with weights that
-    are computed on each call (pruned, weight norm, spectral norm), it is torch's. The weights stay
-    what they are; a packed copy follows their changes.
+    In evaluation the op ``torch.ops.seqkernels.linear`` runs: sums and bias are fp32, and the
+    result has the dtype of ``x``. Sums run in the order of the input's features, so a row gets the
+    same bits whatever the other rows, its place among them and the number of threads; torch's
+    product chooses an order by the number of rows.
+
+    In training, with gradients to record, or with weights that are computed on each call (pruned,
+    weight norm, spectral norm), it is torch's; with ``precision="fp32"`` also away from the CPU.
+    The weights stay what they are; a packed copy follows their changes.
 
     Raises
     ------
     ValueError, TypeError
-        For inputs of the wrong shape or kind.
+        For options or inputs of the wrong shape, value or kind.
 
     Examples
     --------
@@ -50,6 +57,7 @@ class Linear(Owner, nn.Linear):
     torch.Size([5, 32])
     """
 
+    precision: str
     backend: str
 
     def __init__(
@@ -60,37 +68,43 @@ class Linear(Owner, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        precision: str = "bf16",
         backend: str = "auto",
     ) -> None:
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"Linear: {name}: expected at least 1, got {value}")
+        check_precision("Linear", precision)
         backends.check_name(backend, "Linear: backend")
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.backend = backend
+        self.precision, self.backend = precision, backend
 
     @classmethod
-    def from_torch(cls, module: nn.Linear, *, backend: str = "auto") -> Self:
+    def from_torch(
+        cls, module: nn.Linear, *, precision: str = "bf16", backend: str = "auto"
+    ) -> Self:
         """Make one that shares the parameters of torch's, which is left as it is."""
         if type(module) not in (nn.Linear, Linear):
             raise TypeError(
                 f"Linear.from_torch: module: expected a torch.nn.Linear, "
                 f"got {type(module).__name__}"
             )
-        return cls._adopt(shallow_clone(module), backend)
+        return cls._adopt(shallow_clone(module), backend, precision)
 
     @classmethod
-    def _adopt(cls, module: nn.Module, backend: str) -> Self:
-        """Turn this instance of torch's class into one of this class."""
+    def _adopt(cls, module: nn.Module, backend: str, precision: str = "bf16") -> Self:
+        """Turn this instance of torch's class, or of this one, into one with these options."""
+        check_precision("Linear", precision)
         backends.check_name(backend, "Linear: backend")
         module.__class__ = cls
         assert isinstance(module, cls)
-        module.backend = backend
+        module.precision, module.backend = precision, backend
         return module
 
     def extra_repr(self) -> str:
         """Show the options torch's class does not have."""
-        return f"{super().extra_repr()}, backend={self.backend!r}"
+        options = f"precision={self.precision!r}, backend={self.backend!r}"
+        return f"{super().extra_repr()}, {options}"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Multiply [..., in_features] to [..., out_features]."""
@@ -103,8 +117,11 @@ class Linear(Owner, nn.Linear):
             if not (self.training and torch.is_grad_enabled()):
                 backends.report_fallback("linear", self.backend, reasons)
             return super().forward(input)
+        if self.precision == "fp32" and not input.is_cpu:
+            return super().forward(input)
         weights = [self.weight, self.bias, *_NO_NORMS]
-        out = ops.apply_linear(self, None, input, weights, [], [], "none", 0.01, self.backend)
+        options = ("none", 0.01, self.precision, self.backend)
+        out = ops.apply_linear(self, None, input, weights, [], [], *options)
         if isinstance(out, Tensor):
             return out
         backends.report_fallback("linear", self.backend, list(out))

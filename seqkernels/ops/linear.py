@@ -39,13 +39,16 @@ from seqkernels.ops.resilient_batch_norm import check_bounds, limit_of
 from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
 
 _OP = "linear"
+#: What the operands of the product are rounded to: bf16 where the processor multiplies it (the
+#: weights everywhere), or nothing.
+PRECISIONS = ("bf16", "fp32")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # weights: weight, bias, then mean, var, weight, bias of the norm in front and of the one behind
 # (None where there is none); input_norm, output_norm: eps, min_var and, if there is a bound,
 # max_abs; or nothing.
 LIBRARY.define(
     "linear(Tensor x, Tensor?[] weights, float[] input_norm, float[] output_norm, "
-    "str activation, float negative_slope, str backend) -> Tensor",
+    "str activation, float negative_slope, str precision, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -56,6 +59,7 @@ def _check_options(
     output_norm: tuple[float, ...],
     activation: str,
     negative_slope: float,
+    precision: str,
 ) -> LinearOptions:
     """Check everything that is no tensor."""
     norms = (
@@ -67,7 +71,16 @@ def _check_options(
         raise ValueError(
             f"{_OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-    return LinearOptions(*norms, activation, negative_slope)
+    check_precision(_OP, precision)
+    return LinearOptions(*norms, activation, negative_slope, precision)
+
+
+def check_precision(name: str, precision: str) -> None:
+    """Raise ValueError, in the name of the caller, for a precision that is none."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{name}: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+        )
 
 
 def _norm_numbers(name: str, numbers: tuple[float, ...], there: bool) -> tuple[float, ...]:
@@ -119,11 +132,12 @@ def _check(
     output_norm: Sequence[float],
     activation: str,
     negative_slope: float,
+    precision: str,
     backend: str,
 ) -> tuple[LinearOptions, backends.Choice, str]:
     shape: LinearShape = weight_set.shape
     options = _checked_options(
-        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope
+        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope, precision
     )
     _check_x(x, shape)
     return options, *backends.choose(_OP, backend, shape.device.type, x.dtype)
@@ -157,11 +171,14 @@ def _fake(
     output_norm: Sequence[float],
     activation: str,
     negative_slope: float,
+    precision: str,
     backend: str,
 ) -> Tensor:
     """The checks of `_run`, and an empty output like its."""
     shape = read_shape(weights)
-    _check_options(shape, tuple(input_norm), tuple(output_norm), activation, negative_slope)
+    _check_options(
+        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope, precision
+    )
     _check_x(x, shape)
     backends.check_name(backend, f"{_OP}: backend")
     return x.new_empty((*x.shape[:-1], shape.out_features))
@@ -181,12 +198,13 @@ def _differentiable(
     output_norm: Sequence[float],
     activation: str,
     negative_slope: float,
+    precision: str,
     backend: str,
 ) -> Tensor:
     """The reference definition, checked like `_run`."""
     shape = read_shape(weights)
     options = _check_options(
-        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope
+        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope, precision
     )
     _check_x(x, shape)
     backends.check_name(backend, f"{_OP}: backend")

@@ -51,11 +51,14 @@ def test_numerics(case: LinearCase, isa: str) -> None:
 
 
 @on_each_isa
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 15, 17, 31, 129])
-def test_rows_do_not_depend_on_company(rows: int, dtype: torch.dtype, isa: str) -> None:
+def test_rows_do_not_depend_on_company(
+    rows: int, dtype: torch.dtype, precision: str, isa: str
+) -> None:
     """Bit for bit: on the number of rows, their place, and what the others hold."""
-    case = LinearCase(300, 70, 53, "bounded", "exact", "gelu", dtype=dtype)
+    case = LinearCase(300, 70, 150, "bounded", "exact", "gelu", dtype=dtype, precision=precision)
     x = case.x()
     whole = case.run(isa)
     assert torch.equal(case.run(isa, x[:rows]), whole[:rows])
@@ -66,11 +69,12 @@ def test_rows_do_not_depend_on_company(rows: int, dtype: torch.dtype, isa: str) 
 
 
 @on_each_isa
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("rows", [1, 40, 1000])
-def test_threads_change_nothing(rows: int, isa: str) -> None:
+def test_threads_change_nothing(rows: int, precision: str, isa: str) -> None:
     if isa.endswith("emulated") and rows > 40:
         rows = 200  # slow, and cut into as many tasks
-    case = LinearCase(rows, 200, 400, "", "bounded", "relu")
+    case = LinearCase(rows, 200, 400, "", "bounded", "relu", precision=precision)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -80,6 +84,26 @@ def test_threads_change_nothing(rows: int, isa: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@on_each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+def test_fp32_operands_are_not_rounded(size: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+    """Inputs and weights that bf16 does not hold; a sum in order is as good as torch's is."""
+    k, f = size
+    case = LinearCase(1024 // f + 3, k, f, dtype=dtype, precision="fp32")
+    weight, bias, _, _ = case.layer()
+    assert bias is not None
+    weight, bias, x = weight * 1.001, bias * 1.001, (case.x() * 1.001).to(dtype)
+    tensors = [weight, bias, *[None] * 8]
+    with settings.override(isa=isa), torch.inference_mode():
+        y = ops.linear(x, tensors, [], [], "none", 0.01, "fp32", "cpu")
+        exact = F.linear(x.double(), weight.double(), bias.double())
+    bound = (F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())) * 2.0**-24
+    steps = k + 2
+    rounding = exact.abs() * 2.0**-8 if dtype is torch.bfloat16 else 0.0
+    assert ((y.double() - exact).abs() <= steps * bound + rounding).all()
 
 
 @on_each_isa
@@ -98,7 +122,7 @@ def test_a_large_offset_is_taken_off_before_anything_rounds(side: str, isa: str)
     numbers = [norm.eps, norm.min_var]
     arguments = (numbers, []) if side == "input_norm" else ([], numbers)
     with settings.override(isa=isa), torch.inference_mode():
-        y = ops.linear(x, tensors, *arguments, "none", 0.01, "cpu")
+        y = ops.linear(x, tensors, *arguments, "none", 0.01, "bf16", "cpu")
     golden = reference.linear(x.double(), weight.double(), bias, **{side: norm})
     spread = golden.std()
     assert (y - golden).abs().max() < 0.2 * spread  # nothing was lost; without care it is all
@@ -140,7 +164,8 @@ def test_degenerate_channels_behind_the_product(isa: str) -> None:
         bounds = [0.5, 1.5] if which == "bounded" else [0.0]
         tensors = [weight, bias, *[None] * 4, mean, var, norm.weight, norm.bias]
         with settings.override(isa=isa), torch.inference_mode():
-            return ops.linear(case.x(), tensors, [], [1e-5, *bounds], "none", 0.01, backend)
+            numbers = [1e-5, *bounds]
+            return ops.linear(case.x(), tensors, [], numbers, "none", 0.01, "bf16", backend)
 
     y = run("bounded", "cpu")
     assert norm.bias is not None

@@ -203,11 +203,12 @@ struct LinearCase {
   int input_norm = 0, output_norm = 0;
   Activation activation = Activation::kNone;
   int threads = 1;
+  bool fp32_operands = false;
 
   std::string text() const {
     return std::to_string(rows) + "x" + std::to_string(in) + "x" + std::to_string(out) +
-           (bf16 ? " bf16" : " fp32") + " norms " + std::to_string(input_norm) +
-           std::to_string(output_norm) + " activation " +
+           (bf16 ? " bf16" : " fp32") + (fp32_operands ? " of fp32" : "") + " norms " +
+           std::to_string(input_norm) + std::to_string(output_norm) + " activation " +
            std::to_string(static_cast<int>(activation)) + " threads " + std::to_string(threads);
   }
 };
@@ -225,6 +226,9 @@ void check_linear(const Target& target, const LinearCase& c, Verdicts& verdicts,
     const std::vector<float> row = draw(g, static_cast<size_t>(c.in), 1.5f, 0.5f);
     for (int64_t k = 0; k < c.in; ++k) x.set(r, k, row[static_cast<size_t>(k)]);
   }
+  if (c.fp32_operands) {
+    for (float& w : weight) w *= 1.001f;  // what bf16 does not hold
+  }
   const std::vector<float> true_weight = weight;
   if (plant == "value") weight[0] += 1;
   if (plant == "weights") {
@@ -241,6 +245,7 @@ void check_linear(const Target& target, const LinearCase& c, Verdicts& verdicts,
   p.output_norm = behind.view();
   p.activation = c.activation;
   p.negative_slope = 0.2f;
+  p.fp32_operands = c.fp32_operands;
   LinearCall call;
   call.x = x.data();
   call.out = out.data();
@@ -263,8 +268,9 @@ void check_linear(const Target& target, const LinearCase& c, Verdicts& verdicts,
         size += std::abs(term);
       }
       const double y = activate(c.activation, behind.apply(sum, channel));
-      // Each term is off by half of bf16's last bit where a norm was in front, else by nothing.
-      const double terms = size * (before.present() ? std::ldexp(1, -8) : std::ldexp(1, -18));
+      // Each term is off by half of bf16's last bit where a norm was in front of bf16 operands.
+      const bool rounded = before.present() && !c.fp32_operands;
+      const double terms = size * (rounded ? std::ldexp(1, -8) : std::ldexp(1, -18));
       const double last_bit = c.bf16 ? std::ldexp(1, -8) : std::ldexp(1, -17);
       const double bound = 1.2 * terms * behind.scale(channel) + last_bit * std::abs(y) + 1e-5;
       if (!(std::abs(out.at(r, f) - y) <= bound)) right = false;
@@ -289,7 +295,16 @@ void linear_grid(const Target& target, Verdicts& verdicts) {
       c.activation = static_cast<Activation>(i % 5);
       c.threads = 1 + i % 3;
       check_linear(target, c, verdicts);
+      c.fp32_operands = true;
+      if (!target.trapped) check_linear(target, c, verdicts);
     }
+  }
+  for (const bool bf16 : {false, true}) {  // one row takes strips of its own
+    LinearCase one{1, 70, 300};
+    one.bf16 = bf16;
+    check_linear(target, one, verdicts);
+    one.fp32_operands = true;
+    if (!target.trapped) check_linear(target, one, verdicts);
   }
   LinearCase threads{300, 200, 300};
   threads.threads = 3;

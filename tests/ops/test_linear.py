@@ -17,6 +17,7 @@ CASES = [
     LinearCase(5, 12, 9, "bounded", "exact", "gelu", bias=False),
     LinearCase(5, 12, 9, "", "bounded", "relu", dtype=torch.bfloat16),
     LinearCase(5, 12, 9, "exact", "", affine=False, layout="transposed"),
+    LinearCase(5, 12, 9, "", "exact", "relu", precision="fp32"),
 ]
 
 
@@ -111,7 +112,7 @@ def arguments(**changes: Any) -> list[Any]:
     named = {"x": torch.randn(5, 12), "weights": tensors}
     named |= dict(
         zip(
-            ("input_norm", "output_norm", "activation", "negative_slope", "backend"),
+            ("input_norm", "output_norm", "activation", "negative_slope", "precision", "backend"),
             rest,
             strict=True,
         )
@@ -155,6 +156,7 @@ def arguments(**changes: Any) -> list[Any]:
         ({"output_norm": [0.0, math.nan, 1.0]}, ValueError, "output_norm: min_var: expected"),
         ({"output_norm": [0.0, 0.0, 0.0]}, ValueError, "output_norm: max_abs: expected a number"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of none, relu"),
+        ({"precision": "fp16"}, ValueError, "precision: expected one of bf16, fp32, got 'fp16'"),
         ({"backend": "gpu"}, ValueError, "linear: backend: expected one of auto"),
     ],
 )

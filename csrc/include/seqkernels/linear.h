@@ -25,6 +25,7 @@ struct LinearParameters {
   ChannelNorm output_norm;        // of F channels
   Activation activation = Activation::kNone;
   float negative_slope = 0.01f;
+  bool fp32_operands = false;  // x and weight enter the product as they are, not rounded to bf16
 };
 
 // What one call brings. Strides count elements; rows of x and out are contiguous.
@@ -49,7 +50,8 @@ class Linear {
   virtual size_t workspace_bytes() const = 0;
 };
 
-// Packs `parameters` for the named instruction set; they are not needed afterwards.
+// Packs `parameters` for the named instruction set; they are not needed afterwards. With fp32
+// operands, where the set multiplies bf16 alone, for the best one below it that multiplies fp32.
 std::unique_ptr<Linear> make_linear(const std::string& isa, const LinearParameters& parameters);
 
 }  // namespace seqkernels
