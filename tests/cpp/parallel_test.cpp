@@ -32,7 +32,8 @@ std::atomic<int> threads_left{kNever}, workspaces_left{kNever}, news_left{kNever
 
 }  // namespace
 
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
+// Visible, so that the C++ runtime, a shared library, calls this one.
+extern "C" [[gnu::visibility("default")]] int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
                               void* (*start)(void*), void* argument) noexcept {
   static const auto real =
       reinterpret_cast<decltype(&pthread_create)>(dlsym(RTLD_NEXT, "pthread_create"));

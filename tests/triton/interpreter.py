@@ -123,8 +123,10 @@ class Builder(stock.InterpreterBuilder):
     def create_dot(self, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if not _is_bf16(a) or not _is_bf16(b) or d.dtype.scalar != tl.float32:
             raise TypeError(f"dot of {a.dtype} and {b.dtype} into {d.dtype}: not bf16 into fp32")
-        product = np.matmul(widen(a.data), widen(b.data))
-        return stock.TensorHandle(product + d.data, tl.float32)
+        # BLAS sums a row in an order that depends on where in the tile the row lies. In fp64 the
+        # order does not show: a sequence has the same bits wherever its tokens fall.
+        product = np.matmul(widen(a.data).astype(np.float64), widen(b.data).astype(np.float64))
+        return stock.TensorHandle(product.astype(np.float32) + d.data, tl.float32)
 
     # --- no other arithmetic on bf16 ---
 
