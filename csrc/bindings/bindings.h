@@ -52,7 +52,7 @@ EncoderCall encoder_call(uintptr_t x, bool is_bf16, int64_t batch, int64_t lengt
                          int64_t mask_stride_l, uintptr_t lengths, int fusion, int padding,
                          bool latest_last, int64_t latest_k, bool pool_max, uintptr_t out,
                          int64_t out_stride_b, int64_t out_stride_l, uintptr_t user_index,
-                         int64_t users);
+                         int64_t users, uintptr_t computes_padding);
 ResilientBatchNormCall batch_norm_call(uintptr_t x, bool is_bf16, bool channels_last, int64_t outer,
                                        int64_t inner, int64_t channels, int64_t x_stride_outer,
                                        int64_t x_stride_row, uintptr_t mean, uintptr_t var,

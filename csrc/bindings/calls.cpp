@@ -35,7 +35,7 @@ EncoderCall encoder_call(uintptr_t x, bool is_bf16, int64_t batch, int64_t lengt
                          int64_t mask_stride_l, uintptr_t lengths, int fusion, int padding,
                          bool latest_last, int64_t latest_k, bool pool_max, uintptr_t out,
                          int64_t out_stride_b, int64_t out_stride_l, uintptr_t user_index,
-                         int64_t users) {
+                         int64_t users, uintptr_t computes_padding) {
   EncoderCall call;
   call.x = pointer<void>(x);
   call.is_bf16 = is_bf16;
@@ -60,6 +60,7 @@ EncoderCall encoder_call(uintptr_t x, bool is_bf16, int64_t batch, int64_t lengt
   call.out_stride_l = out_stride_l;
   call.user_index = pointer<int64_t>(user_index);
   call.users = users;
+  call.computes_padding = pointer<uint8_t>(computes_padding);
   return call;
 }
 

@@ -176,8 +176,11 @@ class CpuEncoder final : public Encoder {
         &CpuEncoder::request_main, &run);
   }
 
-  void forward(const EncoderCall& call) const override {
-    check_call(model().shape, call);
+  void forward(const EncoderCall& given) const override {
+    check_call(model().shape, given);
+    EncoderCall call = given;
+    if (call.computes_padding)
+      call.padding = *call.computes_padding ? Padding::kCompute : Padding::kZero;
     Run run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, nullptr, {}, {}};
     const int threads = thread_count(call);
     run.team = call.batch % threads != 0 && call.batch < 4 * threads;

@@ -170,7 +170,7 @@ __device__ __forceinline__ void run_sequence(const EncoderParams& p, int64_t ind
   const int warp = warp_index();
   const Sequence s = start_sequence(p, index);
   const Place<Class> here{p, lane_index(), s.num_keys};
-  const int strips = (s.num_tokens(p) + kTile - 1) / kTile;
+  const int strips = (s.num_tokens + kTile - 1) / kTile;
   const int key_strips = (s.num_keys + kTile - 1) / kTile;
   if (p.pool_max) reset_pool(pool_of(p, warp, Class::kModel), Class::kModel);
 

@@ -336,7 +336,8 @@ EncoderParams encoder_call_params(const EncoderShape& shape, const EncoderCall& 
   p.event_dim = shape.d_model - static_cast<int>(joined);
   p.latest_k = static_cast<int>(call.latest_k);
   p.fusion = call.fusion;
-  p.padding = call.padding;
+  p.padding = call.computes_padding ? Padding::kZero : call.padding;
+  p.computes_padding = call.computes_padding;
   p.is_bf16 = call.is_bf16;
   p.latest_last = call.latest_last;
   p.pool_max = call.pool_max;

@@ -115,6 +115,7 @@ struct EncoderParams {
   int latest_k;
   Fusion fusion;
   Padding padding;
+  const uint8_t* computes_padding;  // [1], or null; decides instead of `padding`
   bool is_bf16, latest_last, pool_max;
   int warps;                         // of a block
   bool vector_input, vector_output;  // rows can be read and written 16 bytes at a time

@@ -15,18 +15,15 @@ __device__ __forceinline__ int32_t* positions() {
 
 // One sequence, the same in all threads. What can be said again is not kept in registers.
 struct Sequence {
-  int64_t index;  // the row of candidate and out
-  int num_keys;   // the first tokens of the list
+  int64_t index;   // the row of candidate and out
+  int num_keys;    // the first tokens of the list
+  int num_tokens;  // of the list
 
   // The row of x, mask and lengths.
   __device__ __forceinline__ int64_t user(const EncoderParams& p) const {
     if (!p.user_index) return index;
     const int64_t user = load_global(p.user_index + index);
     return user < 0 ? 0 : user < p.users ? user : p.users - 1;
-  }
-  // Length of the list.
-  __device__ __forceinline__ int num_tokens(const EncoderParams& p) const {
-    return p.padding == Padding::kCompute ? p.tokens : num_keys;
   }
   // Of the summary: its slot j holds position window_begin + j.
   __device__ __forceinline__ int window_begin(const EncoderParams& p) const {
@@ -36,6 +33,12 @@ struct Sequence {
     return p.latest_last ? first - p.latest_k + 1 : first;
   }
 };
+
+// Whether padded tokens are computed; the same in all threads.
+__device__ __forceinline__ bool computes_padding(const EncoderParams& p) {
+  if (p.computes_padding) return shuffle(load_global(p.computes_padding) != 0 ? 1 : 0, 0) != 0;
+  return p.padding == Padding::kCompute;
+}
 
 __device__ __forceinline__ bool is_valid(const EncoderParams& p, int64_t user, int position) {
   int l = position;
@@ -48,7 +51,8 @@ __device__ __forceinline__ bool is_valid(const EncoderParams& p, int64_t user, i
 }
 
 // The list of a mask, by one warp.
-__device__ __forceinline__ int list_masked(const EncoderParams& p, int64_t user, bool descending) {
+__device__ __forceinline__ int list_masked(const EncoderParams& p, int64_t user, bool descending,
+                                           bool computes) {
   const int lane = lane_index();
   int count = 0;  // valid tokens so far
 #pragma unroll 1
@@ -65,7 +69,7 @@ __device__ __forceinline__ int list_masked(const EncoderParams& p, int64_t user,
     const int all = shuffle(before, 31);
     if (valid) {
       store_shared(positions() + count + before - 1, position);
-    } else if (i < p.tokens && p.padding == Padding::kCompute) {
+    } else if (i < p.tokens && computes) {
       // Padded tokens fill the list from its end.
       store_shared(positions() + p.tokens - 1 - (i - count - before), position);
     }
@@ -75,12 +79,13 @@ __device__ __forceinline__ int list_masked(const EncoderParams& p, int64_t user,
 }
 
 // The list of the first `events` events, by all threads.
-__device__ __forceinline__ void list_prefix(const EncoderParams& p, int events, bool descending) {
+__device__ __forceinline__ void list_prefix(const EncoderParams& p, int events, bool descending,
+                                            bool computes) {
   const bool append = p.fusion == Fusion::kAppend;
   const int count = events + (append ? 1 : 0);
   // What stands before the padded tokens: the events, and a candidate that is the first token.
   const int before = events + (append && !p.latest_last ? 1 : 0);
-  const int listed = p.padding == Padding::kCompute ? p.tokens : count;
+  const int listed = computes ? p.tokens : count;
 #pragma unroll 1
   for (int i = thread_index(); i < listed; i += 32 * p.warps) {
     int position;
@@ -96,13 +101,14 @@ __device__ __forceinline__ void list_prefix(const EncoderParams& p, int events, 
 
 // Lists the tokens of sequence `index`. The block meets twice.
 __device__ __forceinline__ Sequence start_sequence(const EncoderParams& p, int64_t index) {
-  Sequence s{index, 0};
+  Sequence s{index, 0, 0};
   const int64_t user = s.user(p);
+  const bool computes = computes_padding(p);
   const bool descending = p.latest_k >= 0 && p.latest_last;
   int32_t* header = reinterpret_cast<int32_t*>(shared_memory());
   if (p.mask) {
     if (warp_index() == 0) {
-      const int count = list_masked(p, user, descending);
+      const int count = list_masked(p, user, descending, computes);
       if (lane_index() == 0) store_shared(header, static_cast<int32_t>(count));
     }
     sync_threads();
@@ -113,17 +119,18 @@ __device__ __forceinline__ Sequence start_sequence(const EncoderParams& p, int64
       const int64_t length = load_global(p.lengths + user);
       events = length < 0 ? 0 : length < p.length ? length : p.length;
     }
-    list_prefix(p, static_cast<int>(events), descending);
+    list_prefix(p, static_cast<int>(events), descending, computes);
     s.num_keys = static_cast<int>(events) + (p.fusion == Fusion::kAppend ? 1 : 0);
     sync_threads();
   }
   s.num_keys = shuffle(s.num_keys, 0);
+  s.num_tokens = computes ? p.tokens : s.num_keys;
   return s;
 }
 
 // Whether the last layer has to compute this strip: without a pool only the window's tokens count.
 __device__ __forceinline__ bool is_read(const EncoderParams& p, const Sequence& s, int strip) {
-  if (p.latest_k < 0 || p.pool_max || p.padding == Padding::kCompute) return true;
+  if (p.latest_k < 0 || p.pool_max || s.num_tokens > s.num_keys) return true;
   const int slot = load_shared(positions() + strip * kTile) - s.window_begin(p);
   return shuffle(slot >= 0 && slot < p.latest_k ? 1 : 0, 0) != 0;
 }
@@ -186,7 +193,7 @@ __device__ __forceinline__ void load_strip(const EncoderParams& p, const Sequenc
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int token = strip * kTile + g + 8 * r;
-    const bool exists = token < s.num_tokens(p);
+    const bool exists = token < s.num_tokens;
     const int position = exists ? load_shared(positions() + token) : 0;
 #pragma unroll
     for (int j = 0; j < kTiles / 2; ++j) {
@@ -273,7 +280,7 @@ __device__ __forceinline__ void store_strip(const EncoderParams& p, const Sequen
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int token = strip * kTile + g + 8 * r;
-      if (token >= s.num_tokens(p)) continue;
+      if (token >= s.num_tokens) continue;
       const int position = load_shared(positions() + token);
       int64_t row = s.index * p.out_stride_b;
       if (p.latest_k < 0) {
@@ -294,8 +301,7 @@ __device__ __forceinline__ void store_strip(const EncoderParams& p, const Sequen
   }
   if (!p.pool_max) return;
   constexpr float kLowest = -__builtin_inff();
-  const bool exists[2] = {strip * kTile + g < s.num_tokens(p),
-                          strip * kTile + g + 8 < s.num_tokens(p)};
+  const bool exists[2] = {strip * kTile + g < s.num_tokens, strip * kTile + g + 8 < s.num_tokens};
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     Vector16* best = reinterpret_cast<Vector16*>(pool + column + 32 * (i / 2) + 8 * t) + i % 2;
@@ -334,11 +340,11 @@ __device__ __forceinline__ float padded_value(const EncoderParams& p, int column
 // maxima. Behind a barrier.
 __device__ __forceinline__ void finish_sequence(const EncoderParams& p, const Sequence& s,
                                                 int pools, int model_rows) {
-  const bool fills = p.padding != Padding::kCompute;
+  const bool fills = s.num_tokens < p.tokens;  // padded tokens are not computed
   const int64_t user = s.user(p);
   const int window_begin = s.window_begin(p);
   const int64_t out = s.index * p.out_stride_b;
-  const int rows = p.latest_k < 0 ? (fills && s.num_keys < p.tokens ? p.tokens : 0) : p.latest_k;
+  const int rows = p.latest_k < 0 ? (fills ? p.tokens : 0) : p.latest_k;
 #pragma unroll 1
   for (int row = thread_index() / 32; row < rows; row += p.warps) {
     const int position = p.latest_k < 0 ? row : window_begin + row;
@@ -351,18 +357,18 @@ __device__ __forceinline__ void finish_sequence(const EncoderParams& p, const Se
       store_column(p, at + column, inside ? padded_value(p, column) : 0.0f);
   }
   if (!p.pool_max) return;
-  const bool counts_padded = p.padding == Padding::kZero && s.num_keys < p.tokens;
+  const bool counts_padded = p.padding == Padding::kZero && fills;
 #pragma unroll 1
   for (int column = thread_index(); column < p.d_model; column += 32 * p.warps) {
     float best = -__builtin_inff();
-    if (s.num_tokens(p) > 0) {
+    if (s.num_tokens > 0) {
 #pragma unroll 1
       for (int pool = 0; pool < pools; ++pool)
         best = larger(load_shared(pool_of(p, pool, model_rows) + column), best);
     }
     if (counts_padded) {
       best = larger(padded_value(p, column), best);
-    } else if (s.num_tokens(p) == 0) {
+    } else if (s.num_tokens == 0) {
       best = 0.0f;
     }
     // -0 becomes 0: which zero wins must not depend on the order.

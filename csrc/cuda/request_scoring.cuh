@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(32 * Class::kWarps, 1)
   const Sequence s = start_sequence(p, r.first_user + slot);
   const Place<Class> here{p, lane_index(), s.num_keys};
   const UserPart<Class> user(r, slot);
-  const int strips = (s.num_tokens(p) + kTile - 1) / kTile;
+  const int strips = (s.num_tokens + kTile - 1) / kTile;
   const Vector16* layer = reinterpret_cast<const Vector16*>(p.packed);
   uint32_t x[Class::kModelTiles][4];
   for (int strip = warp; strip * kTile < s.num_keys; strip += p.warps) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(32 * Class::kWarps, 1)
 // The candidate's columns column .. column + 7, zeros in the events' place.
 __device__ __forceinline__ Vector16 load_candidate(const EncoderParams& p, int64_t index,
                                                    int column) {
-  Vector16 v = load_columns(p, Sequence{index, 0}, 0, column);
+  Vector16 v = load_columns(p, Sequence{index, 0, 0}, 0, column);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (column + 2 * i < p.event_dim) v.v[i] &= 0xffff0000u;
@@ -303,8 +303,9 @@ __device__ __forceinline__ void attend_to_user(const Place<Class>& here, const R
     scheduling_fence();
   }
   // Both factors are at most 1, so that no sum is too large.
-  const int left = s.num_tokens(here.p) - strip * kTile - here.lane / 4;
-  const bool fits = all((sum[0] >= 0x1p-100f || left <= 0) && (sum[2] >= 0x1p-100f || left <= 8));
+  const int left = s.num_tokens - strip * kTile - here.lane / 4;
+  const bool fits =
+      all((sum[0] >= 0x1p-100f || left <= 0) && (sum[2] >= 0x1p-100f || left <= 8));
   if (!fits && here.lane == 0) store_shared(shared_at<uint32_t>(r.misfits) + warp, 1u);
   const float inverse[2] = {reciprocal_approx(sum[0]), reciprocal_approx(sum[2])};
   const float* part = shared_at<float>(r.parts) + (here.p.layout.heads + head) * kTiles * kTile;
@@ -366,7 +367,7 @@ template <class Class>
 __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t index) {
   const EncoderParams& p = r.encoder;
   const int warp = warp_index();
-  const int64_t user = Sequence{index, 0}.user(p);
+  const int64_t user = Sequence{index, 0, 0}.user(p);
   if (user < r.first_user || user >= r.end_user) return;
   if (thread_index() == 0)
     store_shared(shared_at<int32_t>(r.slot), static_cast<int32_t>(user - r.first_user));
@@ -374,7 +375,7 @@ __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t 
   project_candidate<Class>(r, index, warp);
   const Sequence s = start_sequence(p, index);
   const Place<Class> here{p, lane_index(), s.num_keys};
-  const int strips = (s.num_tokens(p) + kTile - 1) / kTile;
+  const int strips = (s.num_tokens + kTile - 1) / kTile;
   const int key_strips = (s.num_keys + kTile - 1) / kTile;
 
   // The first layer runs with the user's part, or (0) as those above it, or one after the other.

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kSplitWarps, Class::kBlocks)
   }
   sync_threads();
   const bool last = params.layer + 1 == p.num_layers;
-  const int strips = (s.num_tokens(p) + kTile - 1) / kTile;
+  const int strips = (s.num_tokens + kTile - 1) / kTile;
 #pragma unroll 1
   for (int strip = warp; strip < strips; strip += p.warps) {
     if (last && !is_read(p, s, strip)) continue;

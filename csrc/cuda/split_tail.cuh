@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(32 * kSplitWarps, 1)
     constexpr int kColumns = Class::kTiles * kTile;
     reset_pool(pool_of(p, group.warp, kColumns), kColumns);
   }
-  int strips = (s.num_tokens(p) + kTile - 1) / kTile;
+  int strips = (s.num_tokens + kTile - 1) / kTile;
   // Those that the summary shows come first.
   while (last && strips > 0 && !is_read(p, s, strips - 1)) --strips;
 #pragma unroll 1
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(32 * kSplitWarps, 1)
   const EncoderParams& p = params.encoder;
   const int sequence = block_index() / params.blocks, block = block_index() % params.blocks;
   const Sequence s = start_sequence(p, params.first_sequence + sequence);
-  const int strips = (s.num_tokens(p) + kTile - 1) / kTile, first = block * params.group;
+  const int strips = (s.num_tokens + kTile - 1) / kTile, first = block * params.group;
   if (first >= strips) return;
   const int left = strips - first;
   const Group<Class> group{params,       sequence,

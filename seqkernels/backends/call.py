@@ -54,6 +54,9 @@ class EncoderCall(NamedTuple):
     pool: str
     out: Tensor  # [B, L', D] or [B, latest_k * D (+ D)], to be written; B >= 1
     user_index: Tensor | None = None  # [B] int64, contiguous; of request scoring
+    # [1] bool or uint8, on the device: padding is "compute" where it is true, else "zero", whatever
+    # `padding` says. For what only the device knows; not of request scoring.
+    computes_padding: Tensor | None = None
 
 
 class ResilientBatchNormOptions(NamedTuple):

@@ -24,6 +24,7 @@ def encoder_arguments(call: EncoderCall) -> tuple[Any, ...]:
     """Of every device's encoder; the call's tensors have to outlive them."""
     x, candidate, _, _, mask, lengths = call[:6]
     out, latest_k, user_index = call.out, call.latest_k, call.user_index
+    flag = call.computes_padding
     x_stride, out_stride = x.stride(), out.stride()
     return (
         x.data_ptr(),
@@ -40,7 +41,7 @@ def encoder_arguments(call: EncoderCall) -> tuple[Any, ...]:
         0 if mask is None else mask.stride(1),
         0 if lengths is None else lengths.data_ptr(),
         _FUSION[call.fusion],
-        _PADDING[call.padding],
+        _PADDING[call.padding if flag is None else "zero"],  # the flag decides where there is one
         call.order == "latest_last",
         -1 if latest_k is None else latest_k,
         call.pool == "max",
@@ -49,6 +50,7 @@ def encoder_arguments(call: EncoderCall) -> tuple[Any, ...]:
         out_stride[1] if latest_k is None else 0,
         0 if user_index is None else user_index.data_ptr(),
         x.shape[0],
+        0 if flag is None else flag.data_ptr(),
     )
 
 

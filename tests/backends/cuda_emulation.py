@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import backends
+from seqkernels.backends.call import EncoderCall
 from seqkernels.backends.cuda import CudaBackend
 from tests.cpp.building import CUDA_MODULE, SHIPPED, build
 
@@ -42,6 +43,14 @@ class EmulatedCuda(CudaBackend):
 
     devices = ("cpu",)
 
+    def __init__(self, computes_padding: bool | None = None) -> None:
+        self.computes_padding = computes_padding  # what a byte on the device says of each call
+
+    def encoder(self, call: EncoderCall, variant: str) -> Tensor:
+        if self.computes_padding is not None:
+            call = call._replace(computes_padding=torch.tensor([self.computes_padding]))
+        return super().encoder(call, variant)
+
     def kernels(self) -> Any:
         return emulation()
 
@@ -59,13 +68,15 @@ class EmulatedCuda(CudaBackend):
 
 
 @contextmanager
-def emulated_cuda(order: str = "forward", seed: int = 0) -> Iterator[Any]:
+def emulated_cuda(
+    order: str = "forward", seed: int = 0, computes_padding: bool | None = None
+) -> Iterator[Any]:
     """Let ``backend="cuda"`` mean the emulation, and count its launches."""
     module = emulation()
     module.set_schedule(order, seed)
     before = backends.BACKENDS
     backends._choices.clear()
-    backends.BACKENDS = (EmulatedCuda(), *(b for b in before if b.name != "cuda"))
+    backends.BACKENDS = (EmulatedCuda(computes_padding), *(b for b in before if b.name != "cuda"))
     try:
         with torch.inference_mode():
             yield module

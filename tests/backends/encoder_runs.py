@@ -1,5 +1,6 @@
 """How the tests of the encoder run it: on which instruction sets, on which grid of problems."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -59,6 +60,77 @@ def check(case: EncoderCase, isa: str) -> Closeness:
     for result, problem in zip(results, problems, strict=True):
         assert result.dtype == problem.x.dtype
     return assert_close_to_oracle(results, golden, low_precision, label=f"{isa}: {case}")
+
+
+def one_sided_problem(sign: float) -> EncoderProblem:
+    """Logits near 60 and values of 1e12, or logits near -60 and values of 1e-24.
+
+    So no maximum has to be subtracted for the exponentials' sake, but for the values'. The first
+    feature of each token is a constant, and that of q and of k in the first head a multiple of it.
+    """
+    unit, value_scale, key = (1.0, 1e12, 26.0) if sign > 0 else (2.0**-80, 1.0, 28.0)
+    case = EncoderCase(num_layers=1, length=50, mask="holes", scale=unit, bias=sign > 0)
+    problem = case.problem()
+    x = problem.x.clone()
+    x[..., 0] = unit
+    w_in, b_in, *rest = problem.weights
+    assert w_in is not None
+    w_in = w_in.clone()
+    w_in[:, 0] = 0.0
+    w_in[0], w_in[96] = 0.0, 0.0
+    w_in[0, 0], w_in[96, 0] = 16.0 * sign / unit, key / unit
+    w_in[192:] *= value_scale
+    if b_in is not None:
+        b_in = b_in.clone()
+        b_in[0] = 0.0
+        b_in[192:] *= value_scale
+    made = dataclasses.replace(problem, x=x, weights=(w_in, b_in, *rest))
+    sums = _log2_sums(made)
+    assert ((sign * sums > 80) & (sign * sums < 100)).all()
+    return made
+
+
+def _log2_sums(problem: EncoderProblem) -> Tensor:
+    """Of the first head's exponentials over each query's valid keys."""
+    w_in, b_in, *_ = problem.weights
+    assert w_in is not None
+    projected = problem.x.double() @ w_in[:192].double().T
+    if b_in is not None:
+        projected += b_in[:192].double()
+    q, k = projected[..., :48], projected[..., 96:144]
+    mask = problem.key_padding_mask
+    assert mask is not None
+    scores = (q @ k.transpose(1, 2) / math.sqrt(48)).masked_fill(mask[:, None], -math.inf)
+    return scores.logsumexp(-1)[~mask] / math.log(2)
+
+
+# Problems whose padding is answered by a byte on the device, in sizes that emulations take.
+_BASE = EncoderCase(length=40, batch=3, num_layers=2)
+FLAGGED = {
+    "right": dataclasses.replace(_BASE, mask="right", final_norm=True),
+    "left": dataclasses.replace(_BASE, mask="left", norm_first=True),
+    "holes": dataclasses.replace(_BASE, mask="holes", norm_first=True, final_norm=True),
+    "full": dataclasses.replace(_BASE, mask="right", valid=(40, 40, 40)),
+    "empty": dataclasses.replace(_BASE, mask="empty", poison=math.nan, dtype=torch.bfloat16),
+    "all": dataclasses.replace(_BASE, mask="all", d_model=64, nhead=1, final_norm=True),
+    "lengths": dataclasses.replace(_BASE, mask="right", mask_form="lengths", fusion="append"),
+    "summary": dataclasses.replace(_BASE, mask="holes", latest_k=8, pool="max", fusion="concat"),
+    "window": dataclasses.replace(_BASE, mask="left", latest_k=20, order="latest_last"),
+    "wide": dataclasses.replace(
+        _BASE, mask="holes", d_model=160, dim_feedforward=64, final_norm=True, norm_first=True
+    ),
+    "long": dataclasses.replace(_BASE, mask="holes", length=300, batch=1, num_layers=1),
+}
+
+
+def flagged(name: str, computes_padding: bool) -> tuple[EncoderCase, list[EncoderProblem]]:
+    """A case with its own answer, and its problems with the other one, which the byte overrules."""
+    answers = ("zero", "compute")
+    case = dataclasses.replace(FLAGGED[name], padding=answers[computes_padding])
+    return case, [
+        dataclasses.replace(p, options=p.options | {"padding": answers[not computes_padding]})
+        for p in oracle(case)[0]
+    ]
 
 
 # Every pair of values of two factors meets in at least one case of the grid.

@@ -16,7 +16,7 @@ from seqkernels.backends.encoder_weights import PER_LAYER
 from seqkernels.reference import ChannelNorm
 from seqkernels.testing import EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.backends.cuda_emulation import emulated_cuda
-from tests.backends.encoder_runs import grid_cases, oracle
+from tests.backends.encoder_runs import FLAGGED, flagged, grid_cases, oracle
 from tests.backends.test_request_scoring import Request
 from tests.backends.test_resilient_batch_norm import by_channel, definition, lay_out
 from tests.channel_norms import channel_norm, rounded
@@ -84,6 +84,15 @@ def test_hard(name: str) -> None:
     problems, golden, low_precision = oracle(HARD[name])
     results = [run(problem) for problem in problems]
     assert_close_to_oracle(results, golden, low_precision, label=name)
+
+
+@pytest.mark.parametrize("computes_padding", [False, True])
+@pytest.mark.parametrize("name", FLAGGED)
+def test_padding_answered_on_the_device(name: str, computes_padding: bool) -> None:
+    case, problems = flagged(name, computes_padding)
+    results = [run(problem, "forward", 0, computes_padding) for problem in problems]
+    assert_close_to_oracle(results, *oracle(case)[1:], label=name)
+    assert torch.equal(results[0].nan_to_num(), run(oracle(case)[0][0]).nan_to_num())
 
 
 @pytest.mark.parametrize("mask_form", ["bool", "float", "lengths"])

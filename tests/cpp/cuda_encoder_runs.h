@@ -220,7 +220,8 @@ inline std::vector<Case> cover_pairs(const Grid& grid) {
   return cases;
 }
 
-// Values, and what padded slots hold: NaN or infinity there changes no bit elsewhere.
+// Values, and what padded slots hold: NaN or infinity there changes no bit elsewhere, nor does it
+// where padding is said by a byte.
 inline void check_problem(Session& session, const Case& c, const Setting& setting = {}) {
   const Problem p(c);
   session.guard(c, [&](const std::string& what) {
@@ -229,6 +230,7 @@ inline void check_problem(Session& session, const Case& c, const Setting& settin
     if (std::count(p.valid.begin(), p.valid.end(), uint8_t{0}) == 0) return;
     Setting poisoned = setting;
     poisoned.run.poison = c.seed % 2 ? Poison::kNan : Poison::kInf;
+    poisoned.run.flagged = c.padding != Padding::kExclude;
     poisoned.schedule = {Schedule::Order::kReverse};
     const std::vector<float> z = forward(p, poisoned).y;
     if (c.padding != Padding::kCompute) {

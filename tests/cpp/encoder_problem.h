@@ -315,6 +315,7 @@ struct Run {
   int threads = 1;
   int64_t first = 0, count = -1;  // sequences of the batch; -1: all
   Poison poison = Poison::kNone;
+  bool flagged = false;  // a byte says what padding is, and `padding` the contrary; not kExclude
 };
 
 constexpr unsigned char kCanary = 0xa5;
@@ -444,6 +445,12 @@ inline PreparedCall prepare(const Problem& p, const Run& run = {}) {
   }
 
   call.padding = c.padding;
+  if (run.flagged) {
+    const bool computes = c.padding == Padding::kCompute;
+    made.inputs.emplace_back(1, computes ? 1 : 0);
+    call.computes_padding = made.inputs.back().data();
+    call.padding = computes ? Padding::kZero : Padding::kCompute;
+  }
   call.latest_last = c.latest_last;
   call.latest_k = c.latest_k;
   call.pool_max = c.pool;

@@ -209,7 +209,8 @@ class Grid {
   std::set<Pair> possible_, seen_;
 };
 
-// Values, guard bands, and what padded slots hold: NaN or infinity there changes no bit elsewhere.
+// Values, guard bands, and what padded slots hold: NaN or infinity there changes no bit elsewhere,
+// nor does it where padding is said by a byte.
 void check_problem(Session& session, const Problem& p, bool slow_too) {
   const Golden golden(p);
   const bool padded = std::count(p.valid.begin(), p.valid.end(), uint8_t{0}) > 0;
@@ -221,6 +222,7 @@ void check_problem(Session& session, const Problem& p, bool slow_too) {
         if (!padded) return;
         Run run;
         run.poison = p.c.seed % 2 ? Poison::kNan : Poison::kInf;
+        run.flagged = p.c.padding != Padding::kExclude;
         const std::vector<float> poisoned = forward(encoder, p, run);
         if (p.c.padding != Padding::kCompute) {
           session.verdicts.same_bits(y, poisoned, what + ": poisoned padding");

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import backends
+from seqkernels.backends.call import EncoderCall
 from seqkernels.backends.triton import TritonBackend, kernels
 from seqkernels.testing import Closeness, EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.backends.encoder_runs import oracle
@@ -24,8 +25,9 @@ class InterpretedBackend(TritonBackend):
 
     devices = ("cpu",)
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, computes_padding: bool | None = None) -> None:
         self.arch = arch
+        self.computes_padding = computes_padding  # what a byte on the device says of each call
 
     def device_reasons(self) -> list[str]:
         return []
@@ -36,13 +38,18 @@ class InterpretedBackend(TritonBackend):
     def on(self, tensor: Tensor) -> AbstractContextManager[object]:
         return nullcontext()
 
+    def encoder(self, call: EncoderCall, variant: str) -> Tensor:
+        if self.computes_padding is not None:
+            call = call._replace(computes_padding=torch.tensor([self.computes_padding]))
+        return super().encoder(call, variant)
+
 
 @contextmanager
-def interpreted(arch: str = "sm_80") -> Iterator[None]:
+def interpreted(arch: str = "sm_80", computes_padding: bool | None = None) -> Iterator[None]:
     """The op's backend "triton" is the interpreted one, and fresh memory is NaN."""
     with pytest.MonkeyPatch.context() as patch, repaired():
         others = tuple(b for b in backends.BACKENDS if b.name != "triton")
-        patch.setattr(backends, "BACKENDS", (InterpretedBackend(arch), *others))
+        patch.setattr(backends, "BACKENDS", (InterpretedBackend(arch, computes_padding), *others))
         backends._choices.clear()
         torch.use_deterministic_algorithms(True)
         try:
@@ -53,10 +60,12 @@ def interpreted(arch: str = "sm_80") -> Iterator[None]:
             backends._choices.clear()
 
 
-def run(problem: EncoderProblem, arch: str = "sm_80") -> Tensor:
+def run(
+    problem: EncoderProblem, arch: str = "sm_80", computes_padding: bool | None = None
+) -> Tensor:
     """The op, interpreted; at most two launches a layer."""
     launches.clear()
-    with interpreted(arch), torch.inference_mode():
+    with interpreted(arch, computes_padding), torch.inference_mode():
         result = problem.run("triton")
     assert len(launches) <= 2 * (len(problem.weights) // 12)
     assert bool(launches) == (len(problem.x) > 0)

@@ -82,6 +82,9 @@ struct EncoderCall {
 
   Fusion fusion = Fusion::kNone;
   Padding padding = Padding::kZero;
+  // [1], or null: where given, padding is kCompute if it is nonzero and else kZero. On a GPU it is
+  // read there, so that nobody waits for what the device itself decides.
+  const uint8_t* computes_padding = nullptr;
   bool latest_last = false;
   int64_t latest_k =
       -1;  // -1: the full sequence [B, T, D]; else the summary [B, latest_k * D (+ D)]

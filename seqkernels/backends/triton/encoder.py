@@ -19,6 +19,7 @@ from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
 
 _FUSION = {"none": 0, "concat": 1, "append": 2}
 _PADDING = {"zero": 0, "compute": 1, "exclude": 2}
+_BY_FLAG = 3
 _BY_MASK, _BY_LENGTH = 1, 2
 
 
@@ -157,6 +158,7 @@ def _common(
 ) -> dict[str, Any]:
     """Arguments of all layers. Where a tensor is absent, x stands in."""
     x, candidate, mask, lengths = call.x, call.candidate, call.mask, call.lengths
+    flag = call.computes_padding
     options, length = call.options, x.shape[1]
     return {
         "candidate": x if candidate is None else candidate,
@@ -166,6 +168,7 @@ def _common(
         "mask_stride_b": 0 if mask is None else mask.stride(0),
         "mask_stride_t": 0 if mask is None else mask.stride(1),
         "lengths": x if lengths is None else lengths.contiguous(),
+        "computes_padding": x if flag is None else flag.view(torch.uint8),
         "final_norm": packed.final_norm,
         "B": call.out.shape[0],
         "U": x.shape[0],
@@ -182,7 +185,7 @@ def _common(
         "FUSION": _FUSION[call.fusion],
         "USERS": call.user_index is not None,
         "VALIDITY": _BY_MASK if mask is not None else _BY_LENGTH if lengths is not None else 0,
-        "PADDING": _PADDING[call.padding],
+        "PADDING": _PADDING[call.padding] if flag is None else _BY_FLAG,
         "LATEST_LAST": call.order == "latest_last",
         "POOL": call.pool == "max",
         "NORM_FIRST": options.norm_first,

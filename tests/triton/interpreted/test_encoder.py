@@ -10,6 +10,7 @@ import torch
 
 from seqkernels import backends
 from seqkernels.testing import EncoderCase, assert_close_to_oracle
+from tests.backends.encoder_runs import FLAGGED, flagged, one_sided_problem, oracle
 from tests.backends.test_encoder import offset_problem
 from tests.kernel_rounding import negative_gelu_problem
 from tests.selection import every
@@ -75,9 +76,24 @@ def test_long_where_barriers_show_no_writes(name: str) -> None:
     check(HARD[name], "gfx942")
 
 
+@pytest.mark.parametrize("computes_padding", [False, True])
+@pytest.mark.parametrize("name", FLAGGED)
+def test_padding_answered_on_the_device(name: str, computes_padding: bool) -> None:
+    case, problems = flagged(name, computes_padding)
+    results = [run(problem, computes_padding=computes_padding) for problem in problems]
+    assert_close_to_oracle(results, *oracle(case)[1:], label=name)
+    assert torch.equal(results[0].nan_to_num(), run(oracle(case)[0][0]).nan_to_num())
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_scores_far_from_zero(sign: float) -> None:
     problem = offset_problem(sign, "holes")
+    assert_close_to_oracle(run(problem), problem.golden(), problem.low_precision())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_weights_times_values_out_of_range(sign: float) -> None:
+    problem = one_sided_problem(sign)
     assert_close_to_oracle(run(problem), problem.golden(), problem.low_precision())
 
 

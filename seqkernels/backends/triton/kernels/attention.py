@@ -24,14 +24,16 @@ from seqkernels.backends.triton.kernels.tokens import (
     NONE,
     event_count,
     events_row,
+    is_computed,
     is_valid,
     load_tokens,
+    rows_to_compute,
     span,
 )
 
 # What changes from call to call and would only multiply the compiled variants.
 _VARIES = (
-    "candidate", "user_index", "mask", "lengths", "x_stride_b", "x_stride_t",
+    "candidate", "user_index", "mask", "lengths", "computes_padding", "x_stride_b", "x_stride_t",
     "mask_stride_b", "mask_stride_t", "candidate_stride", "U", "L", "T", "eps",
 )  # fmt: skip
 
@@ -263,6 +265,7 @@ def attention_short(
     user_index,  # [B] int64: the row of a sequence in x, mask and lengths
     mask,  # [B, L] bool, true = ignore
     lengths,  # [B]
+    computes_padding,  # [1] uint8, with PADDING BY_FLAG
     weight,  # bf16 [H, 3, CHUNKS * CHUNK, d]
     bias,  # fp32 [H, 2, d]
     norm,  # fp32 [2, CHUNKS * CHUNK]
@@ -315,13 +318,14 @@ def attention_short(
         start, end = span(
             u, count, mask, mask_stride_b, mask_stride_t, L, T, VALIDITY, FUSION, LATEST_LAST
         )
+        start, end = rows_to_compute(start, end, T, computes_padding, PADDING)
     if end - start > HALF:
         if HALF < ROWS:
             t = start + tl.arange(0, ROWS)
             valid = is_valid(
                 t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
             )
-            keep = t < T if PADDING == COMPUTE else valid
+            keep = is_computed(t < T, valid, computes_padding, PADDING)
             attend_at_once(
                 x, candidate, attended, weight, bias, norm, t, valid, keep, row_of_x, b, h,
                 x_stride_b, x_stride_t, candidate_stride, L, T, scale, eps,
@@ -333,7 +337,7 @@ def attention_short(
         valid = is_valid(
             t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
         )
-        keep = t < T if PADDING == COMPUTE else valid
+        keep = is_computed(t < T, valid, computes_padding, PADDING)
         attend_at_once(
             x, candidate, attended, weight, bias, norm, t, valid, keep, row_of_x, b, h,
             x_stride_b, x_stride_t, candidate_stride, L, T, scale, eps,
@@ -382,6 +386,7 @@ def attention_long(
     user_index,
     mask,
     lengths,
+    computes_padding,
     weight,
     bias,
     norm,
@@ -453,18 +458,14 @@ def attention_long(
             _store_projected(v_rows, v, t, inside, HEAD_CHUNKS, HEAD_CHUNK)
         tl.debug_barrier()  # what one thread of the program wrote, others read
 
-    begin = first
-    end = last
-    if PADDING == COMPUTE:
-        begin = 0
-        end = T
+    begin, end = rows_to_compute(first, last, T, computes_padding, PADDING)
     for start in range(begin, end, ROWS):
         t = start + tl.arange(0, ROWS)
-        keep = t < end
-        if PADDING != COMPUTE:
-            keep = keep & is_valid(
-                t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
-            )
+        inside = t < end
+        valid = inside & is_valid(
+            t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
+        )
+        keep = is_computed(inside, valid, computes_padding, PADDING)
         rows = load_operands(
             x, candidate, t, row_of_x, b, keep, x_stride_b, x_stride_t, candidate_stride, L,
             norm, eps, E, D, SOURCE, LATEST_LAST, NORM_FIRST, CHUNKS, CHUNK,

@@ -32,8 +32,10 @@ from seqkernels.backends.triton.kernels.tokens import (
     complaint,
     event_count,
     events_row,
+    is_computed,
     is_valid,
     load_tokens,
+    rows_to_compute,
     span,
 )
 
@@ -42,7 +44,7 @@ UNROLLED = tl.constexpr(128)
 
 # What changes from call to call and would only multiply the compiled variants.
 _VARIES = (
-    "candidate", "user_index", "mask", "lengths", "x_stride_b", "x_stride_t",
+    "candidate", "user_index", "mask", "lengths", "computes_padding", "x_stride_b", "x_stride_t",
     "candidate_stride", "mask_stride_b", "mask_stride_t", "out_stride_b", "out_stride_t",
     "B", "U", "L", "T", "latest_k", "eps", "final_eps", "negative_slope",
 )  # fmt: skip
@@ -187,7 +189,7 @@ def _finish_rows(
 @triton.jit
 def _leave(
     rows,
-    valid,
+    keep,
     final_norm,
     final_eps,
     PADDING: tl.constexpr,
@@ -196,11 +198,14 @@ def _leave(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Rows as they leave the encoder; final_norm: fp32 [2, CHUNKS * CHUNK], weight and bias."""
+    """Rows as they leave the encoder, those not to `keep` as zeros through the final norm.
+
+    final_norm: fp32 [2, CHUNKS * CHUNK], weight and bias.
+    """
     if PADDING != COMPUTE:
         kept = ()
         for c in tl.static_range(CHUNKS):
-            kept = kept + (tl.where(valid[:, None], rows[c], 0.0),)
+            kept = kept + (tl.where(keep[:, None], rows[c], 0.0),)
         rows = kept
     if FINAL_NORM:
         rows = normalize(rows, final_norm, final_norm + CHUNKS * CHUNK, final_eps, D, CHUNKS, CHUNK)
@@ -226,6 +231,7 @@ def tail_rows(
     user_index,  # [B] int64: the row of a sequence in x, mask and lengths
     mask,  # [B, L] bool, true = ignore
     lengths,  # [B]
+    computes_padding,  # [1] uint8, with PADDING BY_FLAG
     attended,  # bf16 [B, T, ROW_STRIDE]
     matrices,
     vectors,
@@ -281,7 +287,7 @@ def tail_rows(
     valid = inside & is_valid(
         t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
     )
-    keep = inside if PADDING == COMPUTE else valid
+    keep = is_computed(inside, valid, computes_padding, PADDING)
     wrong = complaint(lengths, user_index, u, b, L, USERS, VALIDITY) + tl.zeros([ROWS], tl.float32)
     out_row = out + b * out_stride_b + t.to(tl.int64) * out_stride_t
     if tl.max(keep.to(tl.int32), 0) > 0:
@@ -294,7 +300,7 @@ def tail_rows(
         written = keep
         if LAST:
             written = inside
-            rows = _leave(rows, valid, final_norm, final_eps, PADDING, FINAL_NORM, D, CHUNKS, CHUNK)
+            rows = _leave(rows, keep, final_norm, final_eps, PADDING, FINAL_NORM, D, CHUNKS, CHUNK)
         for c in tl.static_range(CHUNKS):
             column = c * CHUNK + tl.arange(0, CHUNK)
             value = rows[c]
@@ -323,6 +329,7 @@ def tail_summary(
     user_index,
     mask,
     lengths,
+    computes_padding,
     attended,
     matrices,
     vectors,
@@ -378,12 +385,7 @@ def tail_summary(
         window = tl.where(last > first, last, T) - latest_k
     else:
         window = tl.where(last > first, first, 0)
-    # Rows to compute.
-    begin = first
-    end = last
-    if PADDING == COMPUTE:
-        begin = 0
-        end = T
+    begin, end = rows_to_compute(first, last, T, computes_padding, PADDING)
     if not POOL:
         begin = tl.maximum(begin, window)
         end = tl.maximum(tl.minimum(end, window + latest_k), begin)
@@ -398,14 +400,14 @@ def tail_summary(
         valid = inside & is_valid(
             t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
         )
-        keep = inside if PADDING == COMPUTE else valid
+        keep = is_computed(inside, valid, computes_padding, PADDING)
         rows = _finish_rows(
             x, candidate, attended, matrices, vectors, t, keep, row_of_x, b,
             x_stride_b, x_stride_t, candidate_stride, L, T, eps, negative_slope,
             E, D, SOURCE, LATEST_LAST, NORM_FIRST, ACTIVATION, ROW_STRIDE,
             CHUNKS, CHUNK, HIDDENS, HIDDEN,
         )  # fmt: skip
-        rows = _leave(rows, valid, final_norm, final_eps, PADDING, FINAL_NORM, D, CHUNKS, CHUNK)
+        rows = _leave(rows, keep, final_norm, final_eps, PADDING, FINAL_NORM, D, CHUNKS, CHUNK)
         slot = t - window
         shown = inside & (slot >= 0) & (slot < latest_k)
         grown = ()

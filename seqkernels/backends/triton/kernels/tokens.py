@@ -22,6 +22,7 @@ BY_LENGTH = tl.constexpr(2)
 ZERO = tl.constexpr(0)
 COMPUTE = tl.constexpr(1)
 EXCLUDE = tl.constexpr(2)
+BY_FLAG = tl.constexpr(3)  # ZERO or COMPUTE: what a byte on the device says
 
 
 @triton.jit
@@ -121,6 +122,31 @@ def span(
         first = 0
         last = count
     return first, last
+
+
+@triton.jit
+def rows_to_compute(first, last, T, computes_padding, PADDING: tl.constexpr):
+    """The span of valid tokens, or all: the first row that is computed and one past the last."""
+    if PADDING == COMPUTE:
+        first = 0
+        last = T
+    elif PADDING == BY_FLAG:
+        whole = tl.load(computes_padding) != 0
+        first = tl.where(whole, 0, first)
+        last = tl.where(whole, T, last)
+    return first, last
+
+
+@triton.jit
+def is_computed(inside, valid, computes_padding, PADDING: tl.constexpr):
+    """Which of the tokens inside the sequence [M] are computed."""
+    if PADDING == COMPUTE:
+        kept = inside
+    elif PADDING == BY_FLAG:
+        kept = tl.where(tl.load(computes_padding) != 0, inside, valid)
+    else:
+        kept = valid
+    return kept
 
 
 @triton.jit
