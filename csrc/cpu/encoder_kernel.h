@@ -11,9 +11,10 @@
 //
 // Numerics: operands bf16 (or fp32 where the instruction set multiplies only that), sums fp32. The
 // scale 1/sqrt(head_dim) log2(e) is applied to Q in fp32. Softmax takes no maximum: bf16 has fp32's
-// range, so exp2(s) is as good as exp2(s - max) while the sum stays within 2^-100 .. 2^100; a row
-// that leaves that range takes a second pass with its maximum. The residual rests in fp32 within a
-// layer and in the operand format between layers.
+// range, so P = exp2(s) is as good as exp2(s - max) while the row's sum stays within 2^-32 .. 2^100
+// and P V is finite: products that flush to zero are below 2^-126, and weigh at most 2^-94 each
+// beside the values. A row that leaves this range takes a second pass with its maximum. The
+// residual rests in fp32 within a layer and in the operand format between layers.
 
 // Each stage is a function of its own, so that a profile shows where the time goes.
 #define SEQKERNELS_STAGE __attribute__((noinline))
@@ -466,14 +467,17 @@ struct EncoderKernel {
         });
   }
 
+  static int key_rows_of(const Context& c) {
+    return static_cast<int>(round_up(c.task.num_keys, Product::kRowAlign));
+  }
+
   // top = the largest score of each query in own.query.
   template <int kStrips>
   static inline __attribute__((always_inline)) void largest_scores(const Context& c, int head,
-                                                                   int key_rows,
                                                                    V (&top)[kStrips]) {
     const int num_keys = c.task.num_keys;
     for (int s = 0; s < kStrips; ++s) top[s] = Isa::set1(-3.4e38f);
-    Product::template run<kStrips>(keys_of(c, head), 0, key_rows, nullptr, c.own.query,
+    Product::template run<kStrips>(keys_of(c, head), 0, key_rows_of(c), nullptr, c.own.query,
                                    c.own.query_strip, steps_to_run(c.m.shape.head_dim()),
                                    [&](int r, int s, const V(&y)[kRows])
                                        __attribute__((always_inline)) {
@@ -484,61 +488,83 @@ struct EncoderKernel {
 
   template <int kStrips>
   static SEQKERNELS_STAGE void attend(const Context& c, const PackedLayer& layer, int strip_begin) {
-    const PackedModel& m = c.m;
-    const int num_keys = c.task.num_keys;
-    if (num_keys == 0) {  // no valid key: attention output 0
+    if (c.task.num_keys == 0) {  // no valid key: attention output 0
       __builtin_memset(c.own.concat, 0, static_cast<size_t>(kStrips * c.own.concat_strip) * 4);
       return;
     }
-    const int key_rows = static_cast<int>(round_up(num_keys, Product::kRowAlign));
-    for (int head = 0; head < m.shape.nhead; ++head) {
-      const int head_row = head * m.head_rows;
+    for (int head = 0; head < c.m.shape.nhead; ++head) {
       project_queries<kStrips>(c, layer, head, strip_begin);
-      const LeftOperand keys = keys_of(c, head);
-      const int head_steps = steps_to_run(m.shape.head_dim());
-      V sum[kStrips];
-      for (int s = 0; s < kStrips; ++s) sum[s] = Isa::zero();
-      Product::template run<kStrips>(
-          keys, 0, key_rows, nullptr, c.own.query, c.own.query_strip, head_steps,
-          [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
-            exponentiate(y, Isa::zero(), r, num_keys, c.own.p + s * c.own.p_strip, sum[s]);
-          });
+      V top[kStrips], sum[kStrips];
+      for (int s = 0; s < kStrips; ++s) top[s] = Isa::zero();
+      attend_to_keys<kStrips>(c, head, top, sum);
       // Lanes without a token count as in range.
       bool in_range = true;
-      typename Isa::Mask fits[kStrips];
       for (int s = 0; s < kStrips; ++s) {
-        const int left = c.task.num_tokens - (strip_begin + s) * kLanes;
-        fits[s] = Isa::mask_or(Isa::between(sum[s], Isa::set1(0x1p-100f), Isa::set1(0x1p100f)),
-                               Isa::mask_not(Isa::first_lanes(left)));
-        in_range = in_range && !Isa::any(Isa::mask_not(fits[s]));
+        const auto fits =
+            Isa::mask_or(is_in_range(sum[s]), Isa::mask_not(first_tokens(c, strip_begin + s)));
+        in_range = in_range && !Isa::any(Isa::mask_not(fits));
       }
       if (__builtin_expect(!in_range, 0)) {
-        V top[kStrips];
-        largest_scores<kStrips>(c, head, key_rows, top);
-        for (int s = 0; s < kStrips; ++s) {
-          top[s] = Isa::select(fits[s], Isa::zero(), top[s]);  // rows in range keep their bits
-          sum[s] = Isa::zero();
-        }
-        Product::template run<kStrips>(
-            keys, 0, key_rows, nullptr, c.own.query, c.own.query_strip, head_steps,
-            [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
-              exponentiate(y, top[s], r, num_keys, c.own.p + s * c.own.p_strip, sum[s]);
-            });
+        V first_sum[kStrips];  // what has an address is not kept in registers
+        for (int s = 0; s < kStrips; ++s) first_sum[s] = sum[s];
+        attend_with_maximum<kStrips>(c, head, first_sum);
       }
-
-      V inverse[kStrips];
-      for (int s = 0; s < kStrips; ++s) inverse[s] = Isa::div(Isa::set1(1.0f), sum[s]);
-      const LeftOperand values{c.shared.values, c.shared.value_strip, kLanes};
-      Product::template run<kStrips>(
-          values, head_row, head_row + m.head_rows, nullptr, c.own.p, c.own.p_strip,
-          steps_to_run(num_keys),
-          [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
-            V o[kRows];
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) o[i] = Isa::mul(y[i], inverse[s]);
-            store_rows(c.own.concat + s * c.own.concat_strip + r / kPair * kLanes, o);
-          });
     }
+  }
+
+  static auto is_in_range(V sum) {
+    return Isa::between(sum, Isa::set1(0x1p-32f), Isa::set1(0x1p100f));
+  }
+  // Lanes of a strip that hold a token.
+  static auto first_tokens(const Context& c, int strip) {
+    return Isa::first_lanes(c.task.num_tokens - strip * kLanes);
+  }
+
+  // The second pass of a head. Rows whose first sum was in range keep their bits.
+  template <int kStrips>
+  static SEQKERNELS_STAGE void attend_with_maximum(const Context& c, int head,
+                                                   const V (&first_sum)[kStrips]) {
+    V top[kStrips], sum[kStrips];
+    largest_scores<kStrips>(c, head, top);
+    for (int s = 0; s < kStrips; ++s) {
+      top[s] = Isa::select(is_in_range(first_sum[s]), Isa::zero(), top[s]);
+    }
+    attend_to_keys<kStrips>(c, head, top, sum);
+  }
+
+  // concat of a head = P V / sum P with P = exp2(scores - top); sum becomes NaN where P V is not
+  // finite.
+  template <int kStrips>
+  static inline __attribute__((always_inline)) void attend_to_keys(const Context& c, int head,
+                                                                   const V (&top)[kStrips],
+                                                                   V (&sum)[kStrips]) {
+    const PackedModel& m = c.m;
+    const int num_keys = c.task.num_keys;
+    for (int s = 0; s < kStrips; ++s) sum[s] = Isa::zero();
+    Product::template run<kStrips>(
+        keys_of(c, head), 0, key_rows_of(c), nullptr, c.own.query, c.own.query_strip,
+        steps_to_run(m.shape.head_dim()),
+        [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
+          exponentiate(y, top[s], r, num_keys, c.own.p + s * c.own.p_strip, sum[s]);
+        });
+    V inverse[kStrips];
+    for (int s = 0; s < kStrips; ++s) inverse[s] = Isa::div(Isa::set1(1.0f), sum[s]);
+    const LeftOperand values{c.shared.values, c.shared.value_strip, kLanes};
+    const int head_row = head * m.head_rows;
+    Product::template run<kStrips>(
+        values, head_row, head_row + m.head_rows, nullptr, c.own.p, c.own.p_strip,
+        steps_to_run(num_keys),
+        [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
+          V o[kRows];
+          V nothing = Isa::zero();  // NaN where y is not finite
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) {
+            nothing = Isa::fma(y[i], Isa::zero(), nothing);
+            o[i] = Isa::mul(y[i], inverse[s]);
+          }
+          sum[s] = Isa::add(sum[s], nothing);
+          store_rows(c.own.concat + s * c.own.concat_strip + r / kPair * kLanes, o);
+        });
   }
 
   // p [key step][lane] = exp2(y - top) for keys r .. r + kRows - 1, zero beyond the last key; sum

@@ -12,8 +12,9 @@
 // the candidate's own and run as for a sequence.
 //
 // E w underflows where the largest E of a row and the largest w stand far apart. As both are at
-// most 1, what is lost is at most L 2^-126; a row whose sum is not at least 2^-100 (or NaN) makes
-// the candidate run as a sequence of its own instead.
+// most 1, nothing overflows that would not in a sequence of its own, and what flushes to zero is
+// below 2^-126; a row whose sum is not above 2^-64 (or NaN) makes the candidate run as a
+// sequence of its own instead.
 
 template <class Encoder>
 struct RequestKernel {
@@ -25,6 +26,7 @@ struct RequestKernel {
   static constexpr int kLanes = Encoder::kLanes;
   static constexpr int kPair = Encoder::kPair;
   static constexpr int kRows = Encoder::kRows;
+  static constexpr float kSmallestSum = 0x1p-64f;
 
   // What all candidates of a user share, and the candidate's own scratch beside it.
   struct User {
@@ -217,15 +219,14 @@ struct RequestKernel {
                                 int strip_begin) {
     const PackedModel& m = c.m;
     const int num_keys = c.task.num_keys;
-    const int key_rows = static_cast<int>(round_up(num_keys, Product::kRowAlign));
     for (int head = 0; head < m.shape.nhead; ++head) {
       Encoder::template project_queries<kStrips>(c, layer, head, strip_begin);
       V top[kStrips], sum[kStrips];
-      Encoder::template largest_scores<kStrips>(c, head, key_rows, top);
+      Encoder::template largest_scores<kStrips>(c, head, top);
       for (int s = 0; s < kStrips; ++s) sum[s] = Isa::zero();
       Product::template run<kStrips>(
-          Encoder::keys_of(c, head), 0, key_rows, nullptr, c.own.query, c.own.query_strip,
-          Encoder::steps_to_run(m.shape.head_dim()),
+          Encoder::keys_of(c, head), 0, Encoder::key_rows_of(c), nullptr, c.own.query,
+          c.own.query_strip, Encoder::steps_to_run(m.shape.head_dim()),
           [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
             uint32_t* to = u.exp + head * u.exp_head + (strip_begin + s) * c.own.p_strip;
             Encoder::exponentiate(y, top[s], r, num_keys, to, sum[s]);
@@ -386,10 +387,8 @@ struct RequestKernel {
           sum[1] = Isa::fma(odd, Isa::set1(w[key + 1]), sum[1]);  // 0 beyond the last key
         }
         const V whole = Isa::add(sum[0], sum[1]);
-        const int left = c.task.num_tokens - (strip_begin + s) * kLanes;
-        const auto fits =
-            Isa::mask_or(Isa::between(whole, Isa::set1(0x1p-100f), Isa::set1(0x1p100f)),
-                         Isa::mask_not(Isa::first_lanes(left)));
+        const auto fits = Isa::mask_or(Isa::less(Isa::set1(kSmallestSum), whole),
+                                       Isa::mask_not(Encoder::first_tokens(c, strip_begin + s)));
         if (Isa::any(Isa::mask_not(fits))) return false;
         inverse[s] = Isa::div(Isa::set1(1.0f), whole);
       }

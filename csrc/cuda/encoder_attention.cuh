@@ -8,10 +8,11 @@
 // bias of the out-projection, since the rows of P sum to 1.
 //
 // Softmax takes no maximum: bf16 has the range of fp32, so P = exp2(s) is as good as exp2(s - max)
-// while the row's sum stays within 2^-100 .. 2^100. So key tiles pass one after another, in any
-// number, and nothing is ever rescaled. Rows that leave the range take a second pass with their
-// maximum, which enters as what the scores are added to; the rows beside them keep their bits. The
-// sum is a product with ones, of the P that was rounded.
+// while the row's sum stays within 2^-32 .. 2^100 and P V is finite: products that flush to zero
+// are below 2^-126, and weigh at most 2^-94 each beside the values. So key tiles pass one after
+// another, in any number, and nothing is ever rescaled. Rows that leave the range take a second
+// pass with their maximum, which enters as what the scores are added to; the rows beside them keep
+// their bits. The sum is a product with ones, of the P that was rounded.
 #pragma once
 
 #include "cuda/encoder_fragments.cuh"
@@ -271,12 +272,21 @@ __device__ __forceinline__ void attend_to_keys(const Place<Class>& here, int hea
       attend_to_tiles<Class, kTilesAtOnce>(here, head, first, q, top, out, sum);
     if (first < key_tiles) attend_to_tiles<Class, 1>(here, head, first, q, top, out, sum);
 
-    const auto in_range = [](float s) { return s >= 0x1p-100f && s <= 0x1p100f; };
-    const bool fits[2] = {in_range(sum[0]), in_range(sum[2])};
-    if (pass > 0 || all(fits[0] && fits[1])) break;
+    if (pass > 0) break;
+    // 0 times what is not finite is NaN, which is in no range.
+    float checked[2] = {sum[0], sum[2]};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) checked[j % 4 / 2] += 0.0f * out[i][j / 4][j % 4];
+    }
+    const auto in_range = [](float s) { return s >= 0x1p-32f && s <= 0x1p100f; };
+    if (all(in_range(checked[0]) && in_range(checked[1]))) break;
     largest_scores(here, head, q, top);
-    top[0] = fits[0] ? 0.0f : top[0];
-    top[1] = fits[1] ? 0.0f : top[1];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {  // the four lanes of a row share its sum, not its columns
+      if (in_range(0.25f * sum_of_row(checked[row]))) top[row] = 0.0f;
+    }
   }
   const float inverse[2] = {reciprocal_approx(sum[0]), reciprocal_approx(sum[2])};
 #pragma unroll

@@ -10,14 +10,16 @@
 // Everything behind attention, and all layers above, run as in the encoder's kernel.
 //
 // E is rounded to bf16, w too, w v again from fp32; the sums are products of the rounded E and w. A
-// row whose sum is not at least 2^-100 (or NaN) makes its candidate start again, as a sequence of
-// its own: E w underflows where the two largest stand far apart.
+// row whose sum is not above 2^-64 (or NaN) makes its candidate start again, as a sequence of its
+// own: E w underflows where the two largest stand far apart.
 #pragma once
 
 #include "cuda/encoder.cuh"
 #include "cuda/kernel_tables.h"
 
 namespace seqkernels::cuda {
+
+constexpr float kSmallestSum = 0x1p-64f;  // of a row of E w
 
 // ---- where things lie ----
 
@@ -305,7 +307,7 @@ __device__ __forceinline__ void attend_to_user(const Place<Class>& here, const R
   // Both factors are at most 1, so that no sum is too large.
   const int left = s.num_tokens - strip * kTile - here.lane / 4;
   const bool fits =
-      all((sum[0] >= 0x1p-100f || left <= 0) && (sum[2] >= 0x1p-100f || left <= 8));
+      all((sum[0] > kSmallestSum || left <= 0) && (sum[2] > kSmallestSum || left <= 8));
   if (!fits && here.lane == 0) store_shared(shared_at<uint32_t>(r.misfits) + warp, 1u);
   const float inverse[2] = {reciprocal_approx(sum[0]), reciprocal_approx(sum[2])};
   const float* part = shared_at<float>(r.parts) + (here.p.layout.heads + head) * kTiles * kTile;

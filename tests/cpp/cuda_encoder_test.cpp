@@ -248,6 +248,12 @@ void softmax(Session& session) {
       session.verdicts.within_bound(forward(p).y, golden, what);
     });
   }
+  for (const int width : {96, 64}) {  // an exact kernel and a general one
+    Case c;
+    c.d_model = width;
+    check_one_sided(session.verdicts, c,
+                    "one-sided: ", [](const Problem& p) { return forward(p).y; });
+  }
   // Padded tokens are queries beside valid ones in a strip. Whether they need the second pass or
   // not, the bits of the valid rows are the same.
   for (const int64_t length : {13, 30}) {

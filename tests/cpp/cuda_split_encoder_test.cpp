@@ -89,6 +89,8 @@ void softmax(Session& session) {
       session.verdicts.within_bound(forward(p).y, golden, what);
     });
   }
+  check_one_sided(session.verdicts, wide({144, 3, 32}, 20),
+                  "one-sided: ", [](const Problem& p) { return forward(p).y; });
 }
 
 void magnitudes(Session& session) {

@@ -275,6 +275,20 @@ inline Problem Problem::repeated(const std::vector<int64_t>& user_index) {
   return made;
 }
 
+// Scores of the first layer all on one side of zero: keys are the queries, times `side`, and events
+// are like one another. Its values are multiplied by `value_scale`.
+inline Problem one_sided(const Case& c, float side, float value_scale) {
+  Problem p(c);
+  const size_t d = static_cast<size_t>(c.d_model), e = static_cast<size_t>(c.event_dim());
+  LayerArrays& w = p.layers[0];
+  for (size_t i = 0; i < d * d; ++i) {
+    w.in_proj[d * d + i] = side * w.in_proj[i];
+    w.in_proj[2 * d * d + i] *= value_scale;
+  }
+  for (size_t i = p.x.size(); i-- > 0;) p.x[i] = rounded_to_bf16(p.x[i % e] + 0.25f * p.x[i]);
+  return p;
+}
+
 // A heap block of exactly this size, filled with one byte.
 class Block {
  public:

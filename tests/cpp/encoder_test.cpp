@@ -541,7 +541,7 @@ void tiles(Session& session) {
 
 // ---- numbers at the edge ----
 
-constexpr double kInRange = 100;  // log2 of the row sums that softmax takes without a maximum
+constexpr double kInRange = 100;  // log2 of row sums that need no second pass
 
 // Attention so sharp that sums leave the range of the first pass, above and below.
 void softmax(Session& session) {
@@ -562,6 +562,12 @@ void softmax(Session& session) {
     }
     session.each(p, [&](const Encoder& encoder, const std::string& what) {
       session.verdicts.within_bound(forward(encoder, p), golden, what);
+    });
+  }
+
+  for (const Target& target : session.targets) {
+    check_one_sided(session.verdicts, Case(), target.name + ": one-sided: ", [&](const Problem& p) {
+      return forward(*target.encoder(p), p);
     });
   }
 

@@ -7,7 +7,7 @@ With tokens [event ; candidate], q, k, v those of [event ; 0] and a, f the candi
     a_i = (sum_j E_ij w_j v_j) / (sum_j E_ij w_j) + f
 
 E, q, k are bf16 where products take them; v and w are fp32 and w v is rounded to bf16 once. What
-underflows is at most T 2^-126 of a row's sum. A program with a sum below 2^-100, or NaN, does what
+underflows is below 2^-126. A program with a row's sum below 2^-64, or NaN, does what
 `attention_short` does instead. See `docs/design/request_scoring.md`.
 
 Letters: U users, B candidates, M rows of a block, C = HEAD_CHUNK, d head width; else as in
@@ -43,7 +43,7 @@ from seqkernels.backends.triton.kernels.tokens import (
 )
 
 # The least sum of a row that stands.
-LEAST_SUM = tl.constexpr(2.0**-100)
+LEAST_SUM = tl.constexpr(2.0**-64)
 # Columns of a candidate taken at a time.
 STEP = tl.constexpr(32)
 
