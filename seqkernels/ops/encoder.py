@@ -15,7 +15,7 @@ from torch import Tensor
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
 from seqkernels.backends.call import EncoderCall, EncoderOptions
-from seqkernels.backends.encoder_weights import LAYOUT, PER_LAYER, EncoderShape, read_shape
+from seqkernels.backends.encoder_weights import LAYOUT, EncoderShape, read_shape
 from seqkernels.backends.weights import Owner, WeightSet, lookup, owned_by, recheck_weights
 from seqkernels.ops.encoder_checks import (
     Names,
@@ -139,7 +139,9 @@ def _execute(
         check_lengths(lengths, x.shape[1])
     if lengths is not None:
         lengths = lengths.to(torch.int64).contiguous()
-    decided = padding if padding != "stock" else _decide_padding(mask, choice.backend.name)
+    computes_padding = None
+    if padding == "stock":
+        padding, computes_padding = _decide_padding(mask, choice.backend.name)
     call = EncoderCall(
         x if x.stride(2) == 1 else x.contiguous(),
         candidate if candidate is None or candidate.stride(1) == 1 else candidate.contiguous(),
@@ -149,43 +151,31 @@ def _execute(
         lengths,
         of_encoder,
         fusion,
-        decided or "compute",
+        padding,
         order,
         latest_k,
         pool,
         out,
+        computes_padding=computes_padding,
     )
     result = choice.backend.encoder(call, choice.variant)
     backends.calls[label] += 1
-    if decided is None:
-        assert mask is not None
-        return clear_as_torch(result, mask, weights)
     return result
 
 
-def _decide_padding(mask: Tensor | None, backend: str) -> str | None:
-    """What padding "stock" is for this batch, None where only the device knows."""
-    if mask is None:
-        return "zero"  # lengths: padded at the end only
-    if backend == "reference":
-        return "stock"
-    if not is_plain(mask):
-        return None
-    ignored = mask.numpy()  # half the time of torch's calls
-    return "compute" if (ignored[:, :-1] > ignored[:, 1:]).any() else "zero"
+def _decide_padding(mask: Tensor | None, backend: str) -> tuple[str, Tensor | None]:
+    """What padding "stock" is for this batch: the option, and what overrules it on the device.
 
-
-def clear_as_torch(out: Tensor, mask: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
-    """Clear computed padding where torch returns zeros, without waiting for the device.
-
-    out [B, L, D] of padding "compute", mask [B, L] bool, True = ignore. The final norm, if any,
-    turns a row of zeros into its bias.
+    torch returns zeros for padding where no sequence of the batch has any before a valid event.
     """
-    cleared = (mask & pads_at_end_only(mask)).unsqueeze(-1)  # [B, L, 1]
-    bias = weights[-1] if len(weights) % PER_LAYER else None
-    if bias is None:
-        return out.masked_fill_(cleared, 0.0)
-    return out.copy_(torch.where(cleared, bias.to(out.dtype), out))
+    if mask is None:
+        return "zero", None  # lengths: padded at the end only
+    if backend == "reference":
+        return "stock", None
+    if not is_plain(mask):  # the kernel reads the answer, so that nobody waits for the device
+        return "compute", pads_at_end_only(mask).logical_not().reshape(1)
+    ignored = mask.numpy()  # half the time of torch's calls
+    return ("compute" if (ignored[:, :-1] > ignored[:, 1:]).any() else "zero"), None
 
 
 def _run(

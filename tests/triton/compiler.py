@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 import seqkernels
 from seqkernels import backends, ops
+from seqkernels.backends.call import EncoderCall
 from seqkernels.backends.triton import TritonBackend
 from seqkernels.nn import UserSequenceEncoder
 from seqkernels.testing import EncoderCase
@@ -49,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "long": {"batch": 2, "length": 400, "num_layers": 1, "mask": "holes",
              "dtype": torch.bfloat16},
 }  # fmt: skip
+# Cases whose padding is answered by a byte on the device, under names of their own.
+BY_FLAG = {"stock padding": "whole sequence", "long, stock padding": "long"}
 # These differ from sm_80 in shared memory and registers, not in instructions.
 ALIKE = ("sm_86", "sm_89", "sm_120")
 ALIKE_CASES = ("reference shape", "long")
@@ -88,6 +91,7 @@ class _Driver:
 class _Backend(TritonBackend):
     devices = ("cpu",)
     arch = ""
+    by_flag = False
 
     def device_reasons(self) -> list[str]:
         return []
@@ -97,6 +101,11 @@ class _Backend(TritonBackend):
 
     def on(self, tensor: torch.Tensor) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def encoder(self, call: EncoderCall, variant: str) -> torch.Tensor:
+        if self.by_flag:
+            call = call._replace(computes_padding=torch.tensor([True]))
+        return super().encoder(call, variant)
 
 
 compiled: list[Any] = []  # kernels, in the order of their launches
@@ -247,6 +256,11 @@ def main(arch: str) -> None:
     for name, fields in CASES.items():
         if arch not in ALIKE or name in ALIKE_CASES:
             report(name, compile_encoder(EncoderCase(**fields)))
+    _Backend.by_flag = True
+    for name, case in BY_FLAG.items():
+        if arch not in ALIKE or case in ALIKE_CASES:
+            report(name, compile_encoder(EncoderCase(**CASES[case])))
+    _Backend.by_flag = False
     report("request", compile_request(EncoderCase(**TRANSACT)))
     for channels_last in (False, True):
         report("batch norm", compile_batch_norm(channels_last))
