@@ -13,10 +13,13 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(filter csrc/%, $(CXX_FILES))
 # them: never, and for all architectures.
 export SEQKERNELS_CUDA ?= local
 
+# Dozens of tests start Python; without its cache each start compiles torch's sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 # Whatever shares nothing runs side by side; tests/conftest.py says what stays together.
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := --numprocesses $(JOBS) --no-loadscope-reorder
 
 # What a change to the Python code needs first; the rest runs kernels in emulation or builds.
 FAST_TESTS := tests/ops tests/nn tests/test_swap.py tests/backends --ignore tests/backends/test_cuda.py

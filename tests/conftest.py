@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
 #: Whose tests take long and share nothing: each goes to a worker of its own, and they go first.
 APART = ("triton", "cpp")
 
@@ -34,19 +32,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("best_isa"):
         keep_best_isa(config, items)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None and not is_apart(item):
-            # A file stays on one worker: its tests share oracles and modules.
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(HERE))))
-    items.sort(key=lambda item: not is_apart(item))
+    items.sort(key=lambda item: not is_apart(item.nodeid))
 
 
-def is_apart(item: pytest.Item) -> bool:
-    return item.path.relative_to(HERE).parts[0] in APART
+def is_apart(nodeid: str) -> bool:
+    return nodeid.startswith(tuple(f"tests/{name}/" for name in APART))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays on one worker, since its tests share oracles, modules and builds."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if is_apart(nodeid) else nodeid.partition("::")[0]
+
+    return FilesTogether(config, log)
 
 
 def keep_best_isa(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,15 +15,15 @@ INTERPRETED = sorted(
     (path.stem for path in (Path(__file__).parent / "interpreted").glob("test_*.py")),
     key=lambda name: (name != "test_encoder", name),
 )
-#: The cases of the encoder's grid that its file leaves out.
-EXHAUSTIVE_GRID = "test_encoder, exhaustive"
+#: The tests of a file that are left out otherwise.
+EXHAUSTIVE = [f"{file}, exhaustive" for file in INTERPRETED if file != "test_interpreter"]
 
 
 def run_job(name: str) -> subprocess.CompletedProcess[str]:
     """Interpret a file of tests, or let `tests.triton.compiler` compile what `name` says."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    if name in (*INTERPRETED, EXHAUSTIVE_GRID):
+    if name in (*INTERPRETED, *EXHAUSTIVE):
         environment["TRITON_INTERPRET"] = "1"
         file, _, chosen = name.partition(", ")
         command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", chosen or "not exhaustive"]

@@ -7,7 +7,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.triton.jobs import EXHAUSTIVE_GRID, INTERPRETED
+from tests.triton.jobs import EXHAUSTIVE, INTERPRETED
 from tests.triton.presence import needs_triton
 
 
@@ -18,7 +18,7 @@ def test_there_are_files() -> None:
 @needs_triton
 @pytest.mark.parametrize(
     "job",
-    [*INTERPRETED, pytest.param(EXHAUSTIVE_GRID, marks=pytest.mark.exhaustive)],
+    [*INTERPRETED, *(pytest.param(job, marks=pytest.mark.exhaustive) for job in EXHAUSTIVE)],
 )
 def test_in_the_interpreter(job: str, finished: Callable[[str], CompletedProcess[str]]) -> None:
     result = finished(job)
