@@ -1,7 +1,7 @@
 """Compiles what the tests run, before they run: `python -m tests.prebuild [--exhaustive]`.
 
-The folders are built side by side, since each ends with a file or two for which the other
-processors would wait.
+The folders are built side by side, each with as many compilers as there are processors: near its
+end a folder has fewer files than that.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tests.static import cuda_objects
 
 
 def folders(exhaustive: bool) -> dict[str, Callable[[int], object]]:
-    """What to build, the longest first, as functions of the number of compilers."""
-    architectures = cuda_objects.EVERYDAY
-    if exhaustive:
-        architectures = tuple(a for a in cuda_objects.ARCHITECTURES if a not in architectures)
+    """What to build, as functions of the number of compilers."""
     programs = building.EXHAUSTIVE if exhaustive else building.EVERYDAY
     kernels = {
-        f"CUDA kernels for {arch}": partial(cuda_objects.build_kernels, arch)
-        for arch in architectures
+        f"CUDA kernels for {', '.join(architectures)}": partial(
+            cuda_objects.build_kernels, architectures
+        )
+        for architectures in cuda_objects.BUILDS
+        if (architectures != cuda_objects.EVERYDAY) == exhaustive
     }
     return kernels | {
         f"programs ({sanitizer or 'as shipped'})": partial(building.build, sanitizer, targets)
@@ -36,14 +36,13 @@ def folders(exhaustive: bool) -> dict[str, Callable[[int], object]]:
 def main(arguments: list[str]) -> None:
     wanted = folders("--exhaustive" in arguments)
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    at_once = min(jobs, len(wanted))
 
     def timed(name: str) -> None:
         start = time.monotonic()
-        wanted[name](jobs // at_once)
+        wanted[name](jobs)
         print(f"  {name}: {time.monotonic() - start:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(timed, wanted))
 
 

@@ -15,6 +15,8 @@ from tests.static.sass import Flow, Instruction, LoopShape, parse, trips_of
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 EVERYDAY = ("sm_80", "sm_90")  # which `make test` compiles; `make test-all` compiles all
+# Compiled together, since they share a PTX.
+BUILDS = (EVERYDAY, ("sm_86", "sm_89"), ("sm_100",), ("sm_120",))
 
 # The kernel of the reference problem, and how often its loops run there: L = 100, two layers.
 REFERENCE_CLASS = "EncoderClass<96, 48, 2, 16>"
@@ -61,14 +63,15 @@ def nvcc_release() -> str:
 
 
 @functools.cache
-def build_kernels(arch: str, jobs: int | None = None) -> Path:
-    """The folder of the CUDA kernels compiled for one architecture; compiles what changed."""
-    folder = ROOT / "build" / f"cuda-{arch}"
+def build_kernels(architectures: tuple[str, ...], jobs: int | None = None) -> Path:
+    """The folder of the CUDA kernels compiled for one of `BUILDS`; compiles what changed."""
+    folder = ROOT / "build" / "-".join(("cuda", *architectures))
+    numbers = ";".join(f"{arch.removeprefix('sm_')}-real" for arch in architectures)
     configure = [
         "-DSEQKERNELS_PYTHON=OFF",
         "-DSEQKERNELS_WERROR=ON",
         f"-DCMAKE_CUDA_COMPILER={nvcc()}",
-        f"-DSEQKERNELS_CUDA_ARCHITECTURES={arch.removeprefix('sm_')}-real",
+        f"-DSEQKERNELS_CUDA_ARCHITECTURES={numbers}",
     ]
     run_cmake(folder, configure, ["seqkernels_cuda"], jobs)
     return folder
@@ -77,14 +80,15 @@ def build_kernels(arch: str, jobs: int | None = None) -> Path:
 @functools.cache
 def cuda_objects(arch: str) -> dict[str, Path]:
     """Name of each source csrc/cuda/<name>.cu -> its object."""
-    folder = build_kernels(arch) / "CMakeFiles/seqkernels_cuda.dir/csrc/cuda"
+    (together,) = (architectures for architectures in BUILDS if arch in architectures)
+    folder = build_kernels(together) / "CMakeFiles/seqkernels_cuda.dir/csrc/cuda"
     return {path.name.removesuffix(".cu.o"): path for path in folder.glob("*.cu.o")}
 
 
 @functools.cache
 def usage(name: str, arch: str) -> dict[str, Usage]:
     """Kernel -> what it takes."""
-    text = _cuobjdump("--dump-resource-usage", cuda_objects(arch)[name])
+    text = _cuobjdump(arch, "--dump-resource-usage", cuda_objects(arch)[name])
     assert re.findall(r"arch = (sm_\w+)", text) == [arch]
     kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     return {_readable(mangled): Usage(*(int(n) for n in numbers)) for mangled, *numbers in kernels}
@@ -111,7 +115,7 @@ class _Listings(NamedTuple):
 def _listings(name: str, arch: str) -> _Listings:
     """What is kept of a disassembly, which has tens of megabytes."""
     found = _Listings({}, [])
-    text = _cuobjdump("-sass", cuda_objects(arch)[name])
+    text = _cuobjdump(arch, "--dump-sass", cuda_objects(arch)[name])
     for section in text.split("Function : ")[1:]:
         kernel = _readable(section.split(maxsplit=1)[0])
         code = parse(section)
@@ -130,9 +134,10 @@ def _readable(mangled: str) -> str:
     return name[1]
 
 
-def _cuobjdump(*arguments: str | Path) -> str:
+def _cuobjdump(arch: str, *arguments: str | Path) -> str:
     """Of NVIDIA's package, which brings nvdisasm along."""
-    return run_tool("env", f"PATH={_nvidia_tools()}:/usr/bin:/bin", "cuobjdump", *arguments)
+    path = f"PATH={_nvidia_tools()}:/usr/bin:/bin"
+    return run_tool("env", path, "cuobjdump", f"--gpu-architecture={arch}", *arguments)
 
 
 def _nvidia_tools() -> Path:
