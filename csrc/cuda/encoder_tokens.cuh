@@ -99,11 +99,13 @@ __device__ __forceinline__ void list_prefix(const EncoderParams& p, int events, 
   }
 }
 
-// Lists the tokens of sequence `index`. The block meets twice.
+// Lists the tokens of sequence `index`, whose padding the option answers, or a byte where there is
+// one. The block meets twice.
+template <bool kAskDevice = true>
 __device__ __forceinline__ Sequence start_sequence(const EncoderParams& p, int64_t index) {
   Sequence s{index, 0, 0};
   const int64_t user = s.user(p);
-  const bool computes = computes_padding(p);
+  const bool computes = kAskDevice ? computes_padding(p) : p.padding == Padding::kCompute;
   const bool descending = p.latest_k >= 0 && p.latest_last;
   int32_t* header = reinterpret_cast<int32_t*>(shared_memory());
   if (p.mask) {

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(32 * Class::kWarps, 1)
   const EncoderParams& p = r.encoder;
   const int warp = warp_index();
   const int slot = block_index() / p.layout.heads, head = block_index() % p.layout.heads;
-  const Sequence s = start_sequence(p, r.first_user + slot);
+  const Sequence s = start_sequence<false>(p, r.first_user + slot);
   const Place<Class> here{p, lane_index(), s.num_keys};
   const UserPart<Class> user(r, slot);
   const int strips = (s.num_tokens + kTile - 1) / kTile;
@@ -375,7 +375,7 @@ __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t 
     store_shared(shared_at<int32_t>(r.slot), static_cast<int32_t>(user - r.first_user));
   if (lane_index() == 0) store_shared(shared_at<uint32_t>(r.misfits) + warp, 0u);
   project_candidate<Class>(r, index, warp);
-  const Sequence s = start_sequence(p, index);
+  const Sequence s = start_sequence<false>(p, index);
   const Place<Class> here{p, lane_index(), s.num_keys};
   const int strips = (s.num_tokens + kTile - 1) / kTile;
   const int key_strips = (s.num_keys + kTile - 1) / kTile;

@@ -154,7 +154,7 @@ class Kernel(Contestant[EncoderTask]):
         arguments = (
             *(x.data_ptr(), False, *x.shape[:2], *x.stride()[:2]),
             *(0, 0, 0, *masking, 0, 0, padding, False, -1, False),
-            *(out.data_ptr(), *out.stride()[:2], 0, 0, workload.num_threads),
+            *(out.data_ptr(), *out.stride()[:2], 0, 0, 0, workload.num_threads),
         )
 
         def call() -> Tensor:

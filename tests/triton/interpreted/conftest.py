@@ -7,11 +7,13 @@ So they run in processes of their own (`tests/triton/test_interpreted.py`), or b
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 #: Interpreting takes seconds per test, so `make test` runs one test in five of a file.
 STEP = 5  # odd, as parameters that alternate are
+HERE = Path(__file__).parent
 WHOLE = ("test_interpreter.py",)
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
@@ -19,7 +21,9 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: Counter[str] = Counter()
-    for item in items:
-        if item.path.name not in WHOLE and seen[item.path.name] % STEP:
+    for item in items:  # of the whole run
+        if item.path.parent != HERE or item.path.name in WHOLE:
+            continue
+        if seen[item.path.name] % STEP:
             item.add_marker(pytest.mark.exhaustive)
         seen[item.path.name] += 1
