@@ -63,8 +63,8 @@ test-exhaustive: $(VENV)/.dev $(VENV)/.native-for-tests  ## what `make test` lea
 
 test-all: test test-exhaustive test-triton-newest test-triton-oldest  ## every test, with three versions of Triton
 
-test-triton-newest: ## the Triton kernels with the newest Triton
-test-triton-oldest: ## the Triton kernels with the oldest Triton
+test-triton-newest: ## what `make test` takes of the Triton tests, with the newest Triton
+test-triton-oldest: ## what `make test` takes of the Triton tests, with the oldest Triton
 test-torch-oldest: ## the fast tests with the oldest torch, where pip finds its CPU build
 test-triton-newest test-triton-oldest: OVERLAID_TESTS := tests/triton
 test-torch-oldest: OVERLAID_TESTS := $(FAST_TESTS)
@@ -74,7 +74,7 @@ test-triton-newest test-triton-oldest test-torch-oldest: test-%: \
 	@PYTHONPATH=$(CURDIR)/build/$* $(BIN)/python -c 'import re; from importlib.metadata import version; \
 	    pins = re.findall(r"(?m)^(\w+)==(\S+)", open("constraints-$*.txt").read()); \
 	    assert pins == [(name, version(name)) for name, _ in pins], pins'
-	PYTHONPATH=$(CURDIR)/build/$* $(PYTEST) $(OVERLAID_TESTS) $(PARALLEL)
+	PYTHONPATH=$(CURDIR)/build/$* $(PYTEST) $(OVERLAID_TESTS) -m "not exhaustive" $(PARALLEL)
 
 test-aarch64: $(VENV)/.dev  ## the native core for AArch64, emulated; needs a cross compiler and qemu-user
 	@echo "==> the native core on AArch64"

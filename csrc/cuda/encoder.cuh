@@ -197,7 +197,7 @@ __device__ __forceinline__ void run_sequence(const EncoderParams& p, int64_t ind
     }
     sync_threads();
     for (int strip = warp; strip < strips; strip += p.warps) {
-      if (last && !is_read(p, s, strip)) {
+      if (last && !is_read<(Class::kModel > 64)>(p, s, strip, s.num_tokens > s.num_keys)) {
         if constexpr (Class::kExact) break;
         continue;
       }

@@ -131,10 +131,16 @@ __device__ __forceinline__ Sequence start_sequence(const EncoderParams& p, int64
 }
 
 // Whether the last layer has to compute this strip: without a pool only the window's tokens count.
-__device__ __forceinline__ bool is_read(const EncoderParams& p, const Sequence& s, int strip) {
-  if (p.latest_k < 0 || p.pool_max || s.num_tokens > s.num_keys) return true;
+// The same in all lanes; with kAgreed ptxas is told so by a shuffle, which keeps large kernels from
+// spilling and would give small ones a second version of it for lanes that went different ways.
+// Computed padding stands in the list in no order.
+template <bool kAgreed = false>
+__device__ __forceinline__ bool is_read(const EncoderParams& p, const Sequence& s, int strip,
+                                        bool computes_padding) {
+  if (p.latest_k < 0 || p.pool_max || computes_padding) return true;
   const int slot = load_shared(positions() + strip * kTile) - s.window_begin(p);
-  return shuffle(slot >= 0 && slot < p.latest_k ? 1 : 0, 0) != 0;
+  const bool read = slot >= 0 && slot < p.latest_k;
+  return kAgreed ? shuffle(read ? 1 : 0, 0) != 0 : read;
 }
 
 // ---- in ----

@@ -413,7 +413,7 @@ __device__ __forceinline__ void score_candidate(const RequestParams& r, int64_t 
     }
     sync_threads();
     for (int strip = warp; strip < strips; strip += p.warps) {
-      if (last && !is_read(p, s, strip)) {
+      if (last && !is_read<Class::kExact>(p, s, strip, p.padding == Padding::kCompute)) {
         if constexpr (Class::kExact) break;
         continue;
       }

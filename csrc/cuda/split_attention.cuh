@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * kSplitWarps, Class::kBlocks)
   const int strips = (s.num_tokens + kTile - 1) / kTile;
 #pragma unroll 1
   for (int strip = warp; strip < strips; strip += p.warps) {
-    if (last && !is_read(p, s, strip)) continue;
+    if (last && !is_read(p, s, strip, s.num_tokens > s.num_keys)) continue;
     uint32_t q[kTiles][4];
     {
       float tiles[kTiles][2][4];

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(32 * kSplitWarps, 1)
   }
   int strips = (s.num_tokens + kTile - 1) / kTile;
   // Those that the summary shows come first.
-  while (last && strips > 0 && !is_read(p, s, strips - 1)) --strips;
+  while (last && strips > 0 && !is_read(p, s, strips - 1, s.num_tokens > s.num_keys)) --strips;
 #pragma unroll 1
   for (int first = block * params.group; first < strips; first += params.blocks * params.group) {
     group.first = first;

@@ -7,6 +7,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.packaging.building import Environment
 from tests.static.project import ROOT
 
@@ -32,6 +34,7 @@ def test_sdist_holds_all_sources_and_no_build_results(sdist: Path) -> None:
     assert not {n for n in names if n.endswith((".so", ".o", ".pyc")) or n.startswith("build/")}
 
 
+@pytest.mark.exhaustive  # compiles the native module
 def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {name for name in names if ".dist-info/" not in name}
@@ -43,6 +46,7 @@ def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
     assert "none-any" not in wheel.name
 
 
+@pytest.mark.exhaustive  # compiles the native module
 def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path, wheel, other_packages=True)
     code = (

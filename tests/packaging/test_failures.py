@@ -213,7 +213,9 @@ def test_nvcc_is_looked_for_in_three_places(
         assert setup_module_.find_nvcc() == expected
 
 
-@pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("wheel", marks=pytest.mark.exhaustive), "pure_wheel"]
+)
 def test_environment_without_torch(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

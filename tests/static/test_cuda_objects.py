@@ -68,14 +68,9 @@ def test_nothing_is_spilled(arch: str, name: str) -> None:
 @each_object
 @each_architecture
 def test_warps_stay_together(arch: str, name: str) -> None:
-    """Operations of a warp have no second version for lanes that went different ways.
-
-    But for one in a request's general kernels: a warp's agreement on whether a summary reads a
-    strip.
-    """
+    """Operations of a warp have no second version for lanes that went different ways."""
     for kernel, code in opcodes(name, arch).items():
-        general = kernel.startswith("request_candidate") and REFERENCE_CLASS not in kernel
-        assert count(code, "BRA.DIV") <= (1 if general else 0), kernel
+        assert not count(code, "BRA.DIV"), kernel
 
 
 @each_object

@@ -461,11 +461,11 @@ def attention_long(
     begin, end = rows_to_compute(first, last, T, computes_padding, PADDING)
     for start in range(begin, end, ROWS):
         t = start + tl.arange(0, ROWS)
-        inside = t < end
-        valid = inside & is_valid(
+        in_block = t < end
+        valid_rows = in_block & is_valid(
             t, u, count, mask, mask_stride_b, mask_stride_t, L, VALIDITY, FUSION, LATEST_LAST
         )
-        keep = is_computed(inside, valid, computes_padding, PADDING)
+        keep = is_computed(in_block, valid_rows, computes_padding, PADDING)
         rows = load_operands(
             x, candidate, t, row_of_x, b, keep, x_stride_b, x_stride_t, candidate_stride, L,
             norm, eps, E, D, SOURCE, LATEST_LAST, NORM_FIRST, CHUNKS, CHUNK,
