@@ -134,7 +134,7 @@ __device__ __forceinline__ Sequence start_sequence(const EncoderParams& p, int64
 // The same in all lanes; with kAgreed ptxas is told so by a shuffle, which keeps large kernels from
 // spilling and would give small ones a second version of it for lanes that went different ways.
 // Computed padding stands in the list in no order.
-template <bool kAgreed = false>
+template <bool kAgreed = true>
 __device__ __forceinline__ bool is_read(const EncoderParams& p, const Sequence& s, int strip,
                                         bool computes_padding) {
   if (p.latest_k < 0 || p.pool_max || computes_padding) return true;
