@@ -210,6 +210,8 @@ class _Executor(stock.GridExecutor):
             # Infinities, NaN and maxima over nothing are the business of the kernels.
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
+                # The interpreter of Triton 3.6 does so itself; NumPy warns before 2.4.
+                warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0")
                 super().__call__(*args, **kwargs)
         finally:
             stock._patch_lang = patch_language
