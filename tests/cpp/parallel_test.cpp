@@ -33,8 +33,10 @@ std::atomic<int> threads_left{kNever}, workspaces_left{kNever}, news_left{kNever
 }  // namespace
 
 // Visible, so that the C++ runtime, a shared library, calls this one.
-extern "C" [[gnu::visibility("default")]] int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
-                              void* (*start)(void*), void* argument) noexcept {
+extern "C" [[gnu::visibility("default")]] int pthread_create(pthread_t* thread,
+                                                             const pthread_attr_t* attributes,
+                                                             void* (*start)(void*),
+                                                             void* argument) noexcept {
   static const auto real =
       reinterpret_cast<decltype(&pthread_create)>(dlsym(RTLD_NEXT, "pthread_create"));
   if (threads_left.fetch_sub(1) <= 0) return EAGAIN;
