@@ -131,9 +131,9 @@ __device__ __forceinline__ Sequence start_sequence(const EncoderParams& p, int64
 }
 
 // Whether the last layer has to compute this strip: without a pool only the window's tokens count.
-// The same in all lanes; with kAgreed ptxas is told so by a shuffle, which keeps large kernels from
-// spilling and would give small ones a second version of it for lanes that went different ways.
-// Computed padding stands in the list in no order.
+// All lanes get the same answer. With kAgreed a shuffle tells ptxas so: large kernels spill without
+// it, and in small ones ptxas would add a second version of the shuffle for diverged warps.
+// Computed padding is not in order in the list, so then every strip is needed.
 template <bool kAgreed = true>
 __device__ __forceinline__ bool is_read(const EncoderParams& p, const Sequence& s, int strip,
                                         bool computes_padding) {

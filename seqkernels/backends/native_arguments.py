@@ -41,7 +41,7 @@ def encoder_arguments(call: EncoderCall) -> tuple[Any, ...]:
         0 if mask is None else mask.stride(1),
         0 if lengths is None else lengths.data_ptr(),
         _FUSION[call.fusion],
-        _PADDING[call.padding if flag is None else "zero"],  # the flag decides where there is one
+        _PADDING[call.padding],
         call.order == "latest_last",
         -1 if latest_k is None else latest_k,
         call.pool == "max",

@@ -172,7 +172,7 @@ def _decide_padding(mask: Tensor | None, backend: str) -> tuple[str, Tensor | No
         return "zero", None  # lengths: padded at the end only
     if backend == "reference":
         return "stock", None
-    if not is_plain(mask):  # the kernel reads the answer, so that nobody waits for the device
+    if not is_plain(mask):  # the kernel reads the answer on the device; the host does not wait
         return "compute", pads_at_end_only(mask).logical_not().reshape(1)
     ignored = mask.numpy()  # half the time of torch's calls
     return ("compute" if (ignored[:, :-1] > ignored[:, 1:]).any() else "zero"), None

@@ -82,8 +82,8 @@ struct EncoderCall {
 
   Fusion fusion = Fusion::kNone;
   Padding padding = Padding::kZero;
-  // [1], or null: where given, padding is kCompute if it is nonzero and else kZero. On a GPU it is
-  // read there, so that nobody waits for what the device itself decides.
+  // [1], or null: where given, padding is kCompute if it is nonzero and else kZero. On a GPU the
+  // kernel reads it, so the host does not wait for the device.
   const uint8_t* computes_padding = nullptr;
   bool latest_last = false;
   int64_t latest_k =
