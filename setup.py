@@ -203,7 +203,7 @@ def describe(error: OSError | subprocess.CalledProcessError) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs CMake's target `_native` where setuptools expects it."""
+    """Configures, builds and installs CMake's target `_native`, and what it links to."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -250,7 +250,11 @@ class CMakeBuild(build_ext):
         subprocess.check_call(
             [cmake, "--build", str(build_dir), "--target", "_native", "--parallel", jobs]
         )
-        subprocess.check_call([cmake, "--install", str(build_dir), "--prefix", str(destination)])
+        destinations = [destination]
+        if not self.fresh:  # setuptools copies the module to the sources, and not what it links to
+            destinations.append(ROOT / "seqkernels")
+        for folder in destinations:
+            subprocess.check_call([cmake, "--install", str(build_dir), "--prefix", str(folder)])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,14 @@
-// The pybind11 module `seqkernels._native`: raw pointers in, no torch.
-#include "bindings/bindings.h"
+// The pybind11 module `seqkernels._native`: what of the library is no op.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "bindings/content_hash.h"
+#include "bindings/cuda.h"
+#include "bindings/snapshot.h"
+#include "seqkernels/library.h"
 #include "seqkernels/processor.h"
 
 namespace seqkernels {
@@ -25,10 +34,10 @@ PYBIND11_MODULE(_native, m) {
         "Why the named instruction set cannot run here; empty when it can.");
   m.def("processor", &processor_name, "The processor's name.");
   m.def("build_info", &build_info, "Compiler, flags, build type and version of this module.");
+  m.def("ops_error", &ops_error,
+        "Why the ops are not registered with torch, empty where they are.");
   bind_content_hash(m);
-  bind_encoder(m);
-  bind_linear(m);
-  bind_resilient_batch_norm(m);
+  bind_snapshot(m);
 #if defined(SEQKERNELS_CUDA)
   m.attr("cuda_build") = SEQKERNELS_CUDA;
   py::module_ cuda = m.def_submodule("cuda", "CUDA kernels.");

@@ -21,9 +21,9 @@ from seqkernels.nn import (
     TransformerEncoder,
     TransformerEncoderLayer,
     UserSequenceEncoder,
+    read,
 )
 from seqkernels.nn.fused_sequential import channel_norm
-from seqkernels.ops.encoder import HAS_BIAS
 from seqkernels.ops.encoder_checks import split_mask
 from seqkernels.reference.linear import fold_reasons
 from seqkernels.swap import swap_reasons
@@ -245,7 +245,7 @@ def _explain_single(part: Linear | ResilientBatchNorm1d, call: dict[str, Any]) -
         x = tensor
     device, dtype = ("cpu", torch.float32) if x is None else (x.device.type, x.dtype)
     op = "linear" if isinstance(part, Linear) else "resilient_batch_norm"
-    label, others = _explain_backend(op, part.backend, device, dtype)
+    label, others = _explain_backend(backends.Problem(op, device, dtype), part.backend)
     reasons = part.fallback_reasons()
     return (DEFINITION, [("kernel", tuple(reasons)), *others]) if reasons else (label, others)
 
@@ -265,9 +265,9 @@ def _explain_encoder(
         reasons = encoder.fallback_reasons(x, mask)
     padding_mask = call.get("src_key_padding_mask", call.get("key_padding_mask"))
     if isinstance(padding_mask, Tensor) and split_mask(padding_mask).bias is not None:
-        reasons.append(HAS_BIAS)
-    size = _size(encoder)
-    label, others = _explain_backend("encoder", encoder.backend, x.device.type, x.dtype, size)
+        reasons.append(backends.FEATURES["bias"])
+    problem = backends.Problem("encoder", x.device.type, x.dtype, read.encoder_size(encoder))
+    label, others = _explain_backend(problem, encoder.backend)
     if reasons:
         return DEFINITION, [("fused kernel", tuple(reasons)), *others]
     if label == "reference" and _asked(encoder.backend) == "auto":
@@ -292,31 +292,16 @@ def _explain_padding(encoder: TransformerEncoder, call: dict[str, Any]) -> Why:
     return [(f"padded_output={other!r}", (told,))]
 
 
-def _size(
-    encoder: UserSequenceEncoder | TransformerEncoder | TransformerEncoderLayer,
-) -> backends.EncoderSize:
-    layers = [m for m in encoder.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    first = layers[0]
-    return backends.EncoderSize(
-        first.self_attn.embed_dim,
-        first.self_attn.num_heads,
-        first.linear1.out_features,
-        len(layers),
-    )
-
-
 def _asked(name: str) -> str:
     """The backend that counts where a module names this one."""
     return settings.current.backend if name == "auto" else name
 
 
-def _explain_backend(
-    op: str, name: str, device: str, dtype: torch.dtype, size: backends.EncoderSize | None = None
-) -> tuple[str, Why]:
+def _explain_backend(problem: backends.Problem, name: str) -> tuple[str, Why]:
     """The backend that runs, and every condition that each other one does not meet."""
     asked = _asked(name)
     try:
-        choice = backends.resolve(op, name, device, dtype, size)
+        choice = backends.resolve(problem, name)
     except BackendUnavailableError as error:
         return f"an error: backend {asked!r} cannot run", [(asked, error.reasons)]
     others: Why = []
@@ -326,6 +311,6 @@ def _explain_backend(
                 others += [(f"cpu/{s.name}", s.reasons) for s in cpu.isa_table() if not s.chosen]
             continue
         reasons = [] if asked == "auto" else [f"backend {asked!r} was asked for"]
-        reasons += backend.not_supported_reasons(op, device, dtype, size)
+        reasons += backend.reasons(problem)
         others.append((backend.name, tuple(reasons or ["a faster backend runs"])))
     return choice.label, others

@@ -120,4 +120,4 @@ def _by_size(weight: torch.Tensor, fewest: int | None) -> PrecisionDecision:
 
 def _instruction_set(dtype: torch.dtype) -> str:
     """What the CPU's kernels use for this dtype, "" if they do not run."""
-    return backends.resolve("linear", "auto", "cpu", dtype).variant
+    return backends.resolve(backends.Problem("linear", "cpu", dtype), "auto").variant

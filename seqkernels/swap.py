@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from seqkernels import backends
+from seqkernels import backends, settings
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.nn import (
     FusedSequential,
@@ -25,7 +25,7 @@ from seqkernels.nn import (
     read,
 )
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES
-from seqkernels.ops.resilient_batch_norm import check_bounds
+from seqkernels.options import check_bounds
 from seqkernels.precision import Policy, PrecisionDecision, PrecisionPolicy
 from seqkernels.reference.resilient_batch_norm import is_bounded
 from seqkernels.swap_report import Replaced, Skipped, SwapReport, shown
@@ -319,8 +319,7 @@ def swap_reasons(module: nn.Module, backend: str = "auto") -> list[str]:
         reasons.append(
             f"its parameters have different dtypes: {', '.join(sorted(map(str, kinds)))}"
         )
-    op = "linear" if kind is nn.Linear else "swap"
-    return reasons + _backend_reasons(op, backend, tensors[0].device.type, tensors[0].dtype)
+    return reasons + _backend_reasons(_problem(module, tensors[0]), backend)
 
 
 def _other_type(module: nn.Module) -> str:
@@ -344,13 +343,32 @@ def _norm_reasons(norm: nn.Module) -> list[str]:
     return reasons
 
 
-def _backend_reasons(op: str, name: str, device: str, dtype: torch.dtype) -> list[str]:
+def _problem(module: nn.Module, tensor: torch.Tensor) -> backends.Problem:
+    """What the module's calls will ask of backends, for inputs of the dtype of its tensors."""
+    device, dtype = tensor.device.type, tensor.dtype
+    if isinstance(module, _ENCODERS):
+        return backends.Problem("encoder", device, dtype, read.encoder_size(module))
+    return backends.Problem(
+        "linear" if isinstance(module, nn.Linear) else "resilient_batch_norm", device, dtype
+    )
+
+
+def _backend_reasons(problem: backends.Problem, name: str) -> list[str]:
     """Why no backend but the reference runs it; for a named one that cannot, its error."""
-    choice = backends.resolve("swap", name, device, dtype)
-    if choice.backend.name == "reference":
-        return [f"{n}: {reason}" for n, reasons in choice.rejected for reason in reasons]
-    reasons = choice.backend.not_supported_reasons(op, device, dtype, None)
-    return [f"{choice.backend.name}: {reason}" for reason in reasons]
+    try:
+        choice = backends.resolve(problem, name)
+    except BackendUnavailableError as error:
+        asked = settings.current.backend if name == "auto" else name
+        named = next(b for b in backends.BACKENDS if b.name == asked)
+        # A named backend without this kernel leaves the module alone; one that can run none is an
+        # error.
+        any_kernel = named.reasons(problem._replace(op="resilient_batch_norm", size=None))
+        if any_kernel:
+            raise backends.unavailable("swap", asked, any_kernel) from None
+        return [f"{asked}: {reason}" for reason in error.reasons]
+    if choice.backend.name != "reference":
+        return []
+    return [f"{n}: {reason}" for n, reasons in choice.rejected for reason in reasons]
 
 
 def _decide(model: nn.Module, found: _Found, policy: Policy, report: SwapReport) -> _Found:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from seqkernels.nn.owner import release
 from seqkernels.precision import PrecisionDecision
 from seqkernels.tables import as_text
 
@@ -82,7 +83,7 @@ class _Change:
             module.__class__ = self._was
         elif kind.__bases__ == (self._became,):  # parametrized since, by a class of its own
             kind.__bases__ = (self._was,)
-        module.__dict__.pop("_packed_weights", None)
+        release(module)
         for name in self._names:
             if name in self._before:
                 module.__dict__[name] = self._before[name]

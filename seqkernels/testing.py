@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkernels import reference
+from seqkernels.options import EncoderOptions
 from seqkernels.reference.encoder import fuse, summarize, valid_positions
 
 __all__ = ["Closeness", "EncoderCase", "EncoderProblem", "assert_close_to_oracle", "check_encoder"]
@@ -236,24 +237,13 @@ class EncoderProblem:
         """The op, ``torch.ops.seqkernels.encoder``."""
         import seqkernels.ops  # noqa: F401  registers the op
 
-        o = self.options
         result: Tensor = torch.ops.seqkernels.encoder(
             self.x,
             self.candidate,
             list(self.weights),
             self.key_padding_mask,
             self.lengths,
-            o["nhead"],
-            o["activation"],
-            o["negative_slope"],
-            o["norm_first"],
-            o["layer_norm_eps"],
-            o["final_norm_eps"],
-            o["fusion"],
-            o["padding"],
-            o["order"],
-            o["latest_k"],
-            o["pool"],
+            *EncoderOptions(**self.options),
             backend,
         )
         return result

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from seqkernels import backends, ops, reference, settings
+from seqkernels.nn.resilient_batch_norm import finite
+from seqkernels.options import ResilientBatchNormOptions
 from seqkernels.reference import ChannelNorm
 from seqkernels.testing import Closeness, assert_close_to_oracle
 
@@ -19,6 +21,16 @@ _ENOUGH_VALUES = 1024  # of a group that the rule is applied to
 def rounded(t: Tensor) -> Tensor:
     """Exact in bf16, so that nobody has an error from rounding what it is given."""
     return t.to(torch.bfloat16).to(t.dtype)
+
+
+def apply(x: Tensor, norm: ChannelNorm, activation: str, backend: str) -> Tensor:
+    """The op as a module calls it."""
+    options = ResilientBatchNormOptions(
+        norm.eps, norm.min_var, finite(norm.max_abs), activation, 0.2
+    )
+    result = ops.apply_resilient_batch_norm(x, *norm[:4], options, backend)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def channel_norm(

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import backends, settings
-from seqkernels.backends import cpu, gpu, triton
+from seqkernels.backends import cpu, gpu, native_module, triton
 from seqkernels.backends.cuda import CudaBackend
 
 D, HEADS, FF = 16, 2, 8
-native = pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+native = pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 X = torch.randn(2, 5, D)
 
 
@@ -81,8 +81,8 @@ def test_a_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.runs == "reference"
     assert [name for name, _ in asked.why_not] == ["cuda", "triton", "cpu"]
     assert all(reasons[0] == "backend 'reference' was asked for" for _, reasons in asked.why_not)
-    monkeypatch.setattr(cpu, "_native", None)
-    monkeypatch.setattr(cpu, "import_error", "it was not built")
+    monkeypatch.setattr(native_module, "module", None)
+    monkeypatch.setattr(native_module, "import_error", "it was not built")
     failing = only(seqkernels.explain(layer(backend="cpu")))
     assert failing.runs == "an error: backend 'cpu' cannot run"
     assert failing.why_not == (("cpu", ("it was not built",)),)
@@ -178,7 +178,7 @@ def test_a_whole_model() -> None:
     assert list(entries) == ["user", "stock", "odd", "unused"]
     assert entries["user"].runs == "plain PyTorch"  # it is in training mode
     assert entries["stock"].runs == entries["odd"].runs == "torch.nn"
-    if cpu.native() is not None:
+    if native_module.module is not None:
         assert entries["stock"].why_not == (
             ("seqkernels", ("not swapped: seqkernels.swap(model)",)),
         )
@@ -208,6 +208,13 @@ def test_the_module_s_errors_come_through() -> None:
     assert not module._forward_pre_hooks
 
 
+class NoPacking:
+    """The native ops but those that pack."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None if name.startswith("pack_") else getattr(torch.ops.seqkernels, name)
+
+
 @native
 @pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
 def test_warmup(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +225,7 @@ def test_warmup(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seqkernels.warmup(module, inputs)
     assert [m.training for m in module.modules()] == flags
     assert sum(backends.calls.values()) == 1
-    monkeypatch.setattr(cpu, "_pack", None)  # nothing is left to pack
+    monkeypatch.setattr(cpu.CpuBackend, "ops", NoPacking())  # nothing is left to pack
     for m in module.modules():
         m.training = False
     with torch.inference_mode():

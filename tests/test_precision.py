@@ -10,7 +10,7 @@ from torch import nn
 
 import seqkernels
 from seqkernels import PrecisionDecision, PrecisionPolicy, precision, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 
 
 @pytest.fixture(params=sorted({isa for isa, _ in precision.FEWEST_WEIGHTS}))
@@ -60,7 +60,7 @@ def test_without_kernels_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     assert decision == (False, "no gain is known on this machine")
 
 
-@pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+@pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 def test_the_instruction_set_is_the_one_in_use() -> None:
     assert precision._instruction_set(torch.float32) == cpu.CpuBackend().variant()
     with settings.override(isa="portable"):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import BackendUnavailableError, SwapReport, backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.swap import Skipped
 from seqkernels.testing import assert_close_to_oracle
 
 D, HEADS, FF = 16, 2, 8
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*")
-has_native = cpu.native() is not None
+has_native = native_module.module is not None
 native = pytest.mark.skipif(not has_native, reason="there is no native module")
 
 
@@ -415,8 +415,8 @@ def test_left_alone_with_the_reason(build: Any) -> None:
 
 def test_without_a_fused_kernel_the_model_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain definition would be slower than torch's own module."""
-    monkeypatch.setattr(cpu, "_native", None)
-    monkeypatch.setattr(cpu, "import_error", "it was not built")
+    monkeypatch.setattr(native_module, "module", None)
+    monkeypatch.setattr(native_module, "import_error", "it was not built")
     model = Ranker()
     with settings.override(backend="auto"):
         report = seqkernels.swap(model)

@@ -1,9 +1,12 @@
 // Hashing of memory in the Python module.
 #include "cpu/content_hash.h"
 
-#include <stdexcept>
+#include <pybind11/stl.h>
 
-#include "bindings/bindings.h"
+#include <stdexcept>
+#include <string>
+
+#include "bindings/content_hash.h"
 
 namespace py = pybind11;
 
@@ -23,7 +26,7 @@ uint64_t hash_of(const std::vector<uintptr_t>& pointers, const std::vector<size_
       throw std::invalid_argument("content_hash: pointers: expected an address of " +
                                   std::to_string(sizes[i]) + " bytes, got 0");
     }
-    blocks.push_back({pointer<void>(pointers[i]), sizes[i]});
+    blocks.push_back({reinterpret_cast<const void*>(pointers[i]), sizes[i]});
   }
   const py::gil_scoped_release release;
   return cpu::content_hash(blocks);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "seqkernels/api.h"
+
 namespace seqkernels::cpu {
 
 struct MemoryBlock {
@@ -15,6 +17,6 @@ struct MemoryBlock {
 // 64 bits of the contents, sizes and order of the blocks. Where the blocks lie and how they are
 // aligned does not matter. Two different contents agree with a probability of about 2^-64. Not for
 // contents that somebody chooses in order to collide.
-uint64_t content_hash(const std::vector<MemoryBlock>& blocks);
+SEQKERNELS_API uint64_t content_hash(const std::vector<MemoryBlock>& blocks);
 
 }  // namespace seqkernels::cpu

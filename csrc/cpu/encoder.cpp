@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -23,7 +24,7 @@ namespace {
   throw std::invalid_argument("encoder: " + what);
 }
 
-void check_shape(const EncoderShape& s, const EncoderParameters& p) {
+void check_shape(const EncoderShape& s) {
   if (s.d_model < 1 || s.nhead < 1 || s.d_model % s.nhead != 0) {
     refuse("nhead: expected a divisor of d_model = " + std::to_string(s.d_model) + ", got " +
            std::to_string(s.nhead));
@@ -32,7 +33,14 @@ void check_shape(const EncoderShape& s, const EncoderParameters& p) {
     refuse("dim_feedforward: expected at least 1, got " + std::to_string(s.dim_feedforward));
   if (s.activation == Activation::kNone)
     refuse("activation: expected relu, gelu, gelu_tanh or leaky_relu, got none");
-  if (p.layers.empty()) refuse("layers: expected at least one layer, got none");
+  if (s.num_layers < 1) refuse("layers: expected at least one layer, got none");
+}
+
+void check_parameters(const EncoderShape& s, const EncoderParameters& p) {
+  if (p.layers.size() != static_cast<size_t>(s.num_layers)) {
+    refuse("layers: expected " + std::to_string(s.num_layers) + ", got " +
+           std::to_string(p.layers.size()));
+  }
   for (const EncoderLayerParameters& w : p.layers) {
     if (!w.in_proj_weight || !w.out_proj_weight || !w.linear1_weight || !w.linear2_weight) {
       refuse("layers: expected four weight matrices in every layer, got a null pointer");
@@ -86,8 +94,8 @@ struct Validity {
   bool operator()(int64_t position) const {
     int64_t l = position;
     if (call.fusion == Fusion::kAppend) {
-      if (position == (call.latest_last ? call.length : 0)) return true;
-      if (!call.latest_last) --l;
+      if (position == (call.latest_last() ? call.length : 0)) return true;
+      if (!call.latest_last()) --l;
     }
     if (call.mask) return call.mask[user * call.mask_stride_b + l * call.mask_stride_l] == 0;
     return !call.lengths || l < call.lengths[user];
@@ -101,7 +109,7 @@ SequenceTask plan_sequence(const EncoderCall& call, int64_t index, int32_t* posi
   const Validity valid{call, user};
   const bool summary = call.latest_k >= 0;
   // The window's tokens come first, so that the last layer can stop after them.
-  const bool descending = summary && call.latest_last;
+  const bool descending = summary && call.latest_last();
   int count = 0;
   for (int64_t i = 0; i < tokens; ++i) {
     const int64_t p = descending ? tokens - 1 - i : i;
@@ -109,7 +117,7 @@ SequenceTask plan_sequence(const EncoderCall& call, int64_t index, int32_t* posi
   }
   SequenceTask task{&call, index, user, count, count, count, position, 0};
   if (summary) {
-    if (call.latest_last) {
+    if (call.latest_last()) {
       task.window_begin = (count > 0 ? position[0] : tokens - 1) - call.latest_k + 1;
     } else {
       task.window_begin = count > 0 ? position[0] : 0;
@@ -120,7 +128,7 @@ SequenceTask plan_sequence(const EncoderCall& call, int64_t index, int32_t* posi
       if (!valid(p)) position[task.num_tokens++] = static_cast<int32_t>(p);
     }
     task.num_queries_last = task.num_tokens;
-  } else if (summary && !call.pool_max) {
+  } else if (summary && !call.pool_max()) {
     int inside = 0;
     while (inside < count && position[inside] >= task.window_begin &&
            position[inside] < task.window_begin + call.latest_k)
@@ -130,22 +138,33 @@ SequenceTask plan_sequence(const EncoderCall& call, int64_t index, int32_t* posi
   return task;
 }
 
-class CpuEncoder final : public Encoder {
+// Whether every padded position stands behind the valid ones of its sequence.
+bool pads_at_end_only(const EncoderCall& call) {
+  for (int64_t b = 0; call.mask && b < call.batch; ++b) {
+    const uint8_t* row = call.mask + b * call.mask_stride_b;
+    bool ignored = false;
+    for (int64_t l = 0; l < call.length; ++l) {
+      const bool ignores = row[l * call.mask_stride_l] != 0;
+      if (ignored && !ignores) return false;
+      ignored = ignores;
+    }
+  }
+  return true;
+}
+
+// A packed model with its kernel.
+class Runner {
  public:
-  CpuEncoder(const EncoderShape& shape, const EncoderParameters& parameters,
-             const EncoderKernelEntry& kernel)
-      : kernel_(kernel), packed_(shape, parameters, kernel.layout) {}
+  Runner(const EncoderKernelEntry& kernel, const EncoderShape& shape, const void* packed)
+      : kernel_(kernel), model_(packed_model(shape, kernel.layout, packed)) {}
 
-  size_t packed_bytes() const override { return packed_.bytes(); }
-
-  size_t workspace_bytes(int64_t tokens) const override {
+  size_t workspace_bytes(int64_t tokens) const {
     const Layout layout(*this, tokens, 1);
     return layout.shared + layout.own;
   }
 
-  void score_request(const EncoderCall& call) const override {
+  void score_request(const EncoderCall& call) const {
     check_call(model().shape, call);
-    if (!call.user_index) refuse("user_index: expected it for request scoring, got none");
     RequestRun run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, {}, 0};
     // A user's candidates together, in their order: [users] first and behind last in `order`.
     run.order.resize(static_cast<size_t>(call.batch));
@@ -173,12 +192,14 @@ class CpuEncoder final : public Encoder {
     if (shares) run.user_bytes = whole_lines(kernel_.user_bytes(model(), tokens_of(call)));
     run_parallel(
         static_cast<int>(std::min<int64_t>(threads, static_cast<int64_t>(run.pieces.size()))),
-        &CpuEncoder::request_main, &run);
+        &Runner::request_main, &run);
   }
 
-  void forward(const EncoderCall& given) const override {
+  void forward(const EncoderCall& given) const {
     check_call(model().shape, given);
     EncoderCall call = given;
+    if (call.padding == Padding::kStock)
+      call.padding = pads_at_end_only(call) ? Padding::kZero : Padding::kCompute;
     if (call.computes_padding)
       call.padding = *call.computes_padding ? Padding::kCompute : Padding::kZero;
     Run run{*this, call, Layout(*this, tokens_of(call), 1), {}, {}, nullptr, {}, {}};
@@ -188,7 +209,7 @@ class CpuEncoder final : public Encoder {
       run.layout = Layout(*this, tokens_of(call), threads);
       run.shared.reset(new TeamMemory(run.layout.shared));
     }
-    run_parallel(threads, &CpuEncoder::thread_main, &run);
+    run_parallel(threads, &Runner::thread_main, &run);
   }
 
  private:
@@ -199,7 +220,7 @@ class CpuEncoder final : public Encoder {
   // Sizes in bytes, each a multiple of 64.
   struct Layout {
     size_t kernel_shared, pooled, shared, kernel_own, own;
-    Layout(const CpuEncoder& e, int64_t tokens, int team) {
+    Layout(const Runner& e, int64_t tokens, int team) {
       kernel_shared = whole_lines(e.kernel_.shared_bytes(e.model(), tokens));
       pooled = whole_lines(static_cast<size_t>(team) * e.model().shape.d_model * sizeof(float));
       shared = kernel_shared + pooled;
@@ -218,7 +239,7 @@ class CpuEncoder final : public Encoder {
   };
 
   struct Run {
-    const CpuEncoder& encoder;
+    const Runner& encoder;
     const EncoderCall& call;
     Layout layout;
     std::atomic<int64_t> next;
@@ -234,7 +255,7 @@ class CpuEncoder final : public Encoder {
   };
 
   struct RequestRun {
-    const CpuEncoder& encoder;
+    const Runner& encoder;
     const EncoderCall& call;
     Layout layout;
     std::vector<int64_t> order;  // [B] candidates, by user
@@ -279,7 +300,7 @@ class CpuEncoder final : public Encoder {
     }
   }
 
-  const PackedModel& model() const { return packed_.model(); }
+  const PackedModel& model() const { return model_; }
 
   // Multiply-adds of the longest possible sequence, the measure of whether another thread pays.
   int thread_count(const EncoderCall& call) const {
@@ -301,7 +322,7 @@ class CpuEncoder final : public Encoder {
     }
     std::byte* memory =
         static_cast<std::byte*>(thread_workspace(run.layout.own + run.layout.shared));
-    const CpuEncoder& encoder = run.encoder;
+    const Runner& encoder = run.encoder;
     encoder.kernel_.enter();
     for (int64_t b = run.next++; b < run.call.batch; b = run.next++) {
       encoder.run_sequence(run, b, memory + run.layout.own, memory, 0, 1);
@@ -319,7 +340,7 @@ class CpuEncoder final : public Encoder {
     }
     run.barrier.wait(size);
     if (run.starved) throw std::bad_alloc();
-    const CpuEncoder& encoder = run.encoder;
+    const Runner& encoder = run.encoder;
     encoder.kernel_.enter();
     for (int64_t b = 0; b < run.call.batch; ++b)
       encoder.run_sequence(run, b, run.shared->data, memory, rank, size);
@@ -374,7 +395,7 @@ class CpuEncoder final : public Encoder {
       const bool inside = p >= 0 && p < tokens;
       if (!inside || (fills && !valid(p))) fill_row(out + slot * d, inside);
     }
-    if (!call.pool_max) return;
+    if (!call.pool_max()) return;
     T* to = out + call.latest_k * d;
     const bool counts_padded = call.padding == Padding::kZero && task.num_keys < tokens;
     for (int i = 0; i < d; ++i) {
@@ -392,22 +413,50 @@ class CpuEncoder final : public Encoder {
   }
 
   const EncoderKernelEntry& kernel_;
-  const PackedEncoder packed_;
+  const PackedModel model_;
 };
 
 }  // namespace
 
-std::unique_ptr<Encoder> make_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
-                                      const EncoderParameters& parameters) {
-  check_shape(shape, parameters);
-  return std::make_unique<CpuEncoder>(shape, parameters, kernel);
+size_t encoder_packed_bytes(const EncoderKernelEntry& kernel, const EncoderShape& shape) {
+  check_shape(shape);
+  return packed_bytes(shape, kernel.layout);
+}
+
+void pack_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
+                  const EncoderParameters& parameters, void* packed) {
+  check_shape(shape);
+  check_parameters(shape, parameters);
+  pack(shape, parameters, kernel.layout, packed);
+}
+
+void run_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape, const void* packed,
+                 const EncoderCall& call) {
+  const Runner runner(kernel, shape, packed);
+  if (call.user_index) {
+    runner.score_request(call);
+  } else {
+    runner.forward(call);
+  }
 }
 
 }  // namespace cpu
 
-std::unique_ptr<Encoder> make_encoder(const std::string& isa, const EncoderShape& shape,
-                                      const EncoderParameters& parameters) {
-  return cpu::make_encoder(cpu::encoder_kernel(isa), shape, parameters);
+size_t encoder_packed_bytes(int isa, const EncoderShape& shape) {
+  return cpu::encoder_packed_bytes(cpu::encoder_kernel(isa), shape);
+}
+
+void pack_encoder(int isa, const EncoderShape& shape, const EncoderParameters& parameters,
+                  void* packed) {
+  cpu::pack_encoder(cpu::encoder_kernel(isa), shape, parameters, packed);
+}
+
+void run_encoder(int isa, const EncoderShape& shape, const void* packed, const EncoderCall& call) {
+  cpu::run_encoder(cpu::encoder_kernel(isa), shape, packed, call);
+}
+
+size_t encoder_workspace_bytes(int isa, const EncoderShape& shape, int64_t tokens) {
+  return cpu::Runner(cpu::encoder_kernel(isa), shape, nullptr).workspace_bytes(tokens);
 }
 
 }  // namespace seqkernels

@@ -144,10 +144,10 @@ struct EncoderKernel {
     const int64_t d_model = c.m.shape.d_model;
     const int64_t candidate_offset = c.task.index * call.candidate_stride;
     const bool append = call.fusion == Fusion::kAppend;
-    if (append && position == (call.latest_last ? call.length : 0)) {
+    if (append && position == (call.latest_last() ? call.length : 0)) {
       convert(call.candidate, call.is_bf16, candidate_offset, d_model, row);
     } else {
-      const int64_t l = append && !call.latest_last ? position - 1 : position;
+      const int64_t l = append && !call.latest_last() ? position - 1 : position;
       const int64_t width = call.fusion == Fusion::kConcat ? d_model - call.candidate_dim : d_model;
       convert(call.x, call.is_bf16, c.task.user * call.stride_b + l * call.stride_l, width, row);
       if (width < d_model)
@@ -195,7 +195,7 @@ struct EncoderKernel {
       const int first = (strip_begin + s) * kLanes;
       const int count =
           c.task.num_queries_last - first < kLanes ? c.task.num_queries_last - first : kLanes;
-      if (call.pool_max) pool_strip<kStrips>(c, s, count);
+      if (call.pool_max()) pool_strip<kStrips>(c, s, count);
       if (call.latest_k == 0) continue;
       bool transposed = false;
       for (int lane = 0; lane < count; ++lane) {
@@ -712,9 +712,10 @@ struct EncoderKernel {
       barrier->wait(size);
     }
     load_strips(c, begin, end);
-    if (task.call->pool_max) reset_pool(c);
+    if (task.call->pool_max()) reset_pool(c);
     run_layers(c, 0, barrier, rank, size);
-    if (task.call->pool_max) reduce_pool(c, pooled + static_cast<int64_t>(rank) * m.shape.d_model);
+    if (task.call->pool_max())
+      reduce_pool(c, pooled + static_cast<int64_t>(rank) * m.shape.d_model);
   }
 
   // The layers from `first` on, by thread `rank` of `size`.

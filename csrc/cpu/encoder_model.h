@@ -114,9 +114,12 @@ struct EncoderKernelEntry {
   void (*leave)();
 };
 
-// An encoder on this kernel, which must be able to run here.
-std::unique_ptr<Encoder> make_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
-                                      const EncoderParameters& parameters);
+// As the functions without `cpu::`, on this kernel, which must be able to run here.
+size_t encoder_packed_bytes(const EncoderKernelEntry& kernel, const EncoderShape& shape);
+void pack_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
+                  const EncoderParameters& parameters, void* packed);
+void run_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape, const void* packed,
+                 const EncoderCall& call);
 
 const EncoderKernelEntry& encoder_portable();
 const EncoderKernelEntry& encoder_amx_emulated();

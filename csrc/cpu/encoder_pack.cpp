@@ -1,8 +1,6 @@
 #include "cpu/encoder_pack.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 namespace seqkernels::cpu {
 namespace {
@@ -20,20 +18,22 @@ struct HeadPadding {
   }
 };
 
-// Writes consecutive operands; without memory it only counts.
+// Lays operands one behind the other. Without `to` it says where they lie and writes nothing.
 class Packer {
  public:
-  Packer(uint32_t* memory, const OperandLayout& layout) : memory_(memory), layout_(layout) {}
+  Packer(const uint32_t* memory, uint32_t* to, const OperandLayout& layout)
+      : memory_(memory), to_(to), layout_(layout) {}
   size_t words() const { return words_; }
 
   // Value(row, k) is called for all rows and k, padding included. `width` 0: a tiled left operand.
   template <class Value>
   const uint32_t* operand(int rows, int steps, int width, Value value) {
-    uint32_t* to = take(static_cast<size_t>(rows) * static_cast<size_t>(steps));
-    if (!to) return nullptr;
+    const size_t begin = take(static_cast<size_t>(rows) * static_cast<size_t>(steps));
+    if (!to_) return at(begin);
+    uint32_t* to = to_ + begin;
     for (int row = 0; row < rows; ++row) {
       for (int step = 0; step < steps; ++step) {
-        const size_t at =
+        const size_t word_at =
             width ? (static_cast<size_t>(row / width) * steps + step) * width + row % width
                   : static_cast<size_t>(row / 16) * steps * 16 + step / 16 * 256 + row % 16 * 16 +
                         step % 16;
@@ -45,30 +45,31 @@ class Packer {
           word = static_cast<uint32_t>(round_to_bf16(value(row, step)))
                  << 16;  // a bf16 widened to fp32
         }
-        to[at] = word;
+        to[word_at] = word;
       }
     }
-    return to;
+    return at(begin);
   }
 
   template <class Value>
   const float* vector(int count, Value value) {
-    uint32_t* to = take(static_cast<size_t>(round_up(count, 16)));
-    if (!to) return nullptr;
-    for (int i = 0; i < count; ++i) {
+    const size_t begin = take(static_cast<size_t>(round_up(count, 16)));
+    for (int i = 0; to_ && i < count; ++i) {
       const float v = value(i);
-      std::memcpy(to + i, &v, sizeof v);
+      std::memcpy(to_ + begin + i, &v, sizeof v);
     }
-    return reinterpret_cast<const float*>(to);
+    return reinterpret_cast<const float*>(at(begin));
   }
 
  private:
-  uint32_t* take(size_t count) {
-    uint32_t* at = memory_ ? memory_ + words_ : nullptr;
+  size_t take(size_t count) {
+    const size_t begin = words_;
     words_ += static_cast<size_t>(round_up(static_cast<int64_t>(count), 16));
-    return at;
+    return begin;
   }
-  uint32_t* memory_;
+  const uint32_t* at(size_t begin) const { return memory_ ? memory_ + begin : nullptr; }
+  const uint32_t* memory_;
+  uint32_t* to_;
   const OperandLayout& layout_;
   size_t words_ = 0;
 };
@@ -135,50 +136,59 @@ PackedLayer pack_layer(Packer& packer, const PackedModel& m, const EncoderLayerP
   return layer;
 }
 
-void pack(Packer& packer, PackedModel& m, const EncoderParameters& parameters,
-          const OperandLayout& layout) {
-  m.layers.clear();
-  for (const EncoderLayerParameters& w : parameters.layers)
-    m.layers.push_back(pack_layer(packer, m, w, layout));
-  if (m.shape.has_final_norm) {
-    const int d = m.shape.d_model;
+// The model whose operands the packer lays; the parameters are read where it writes.
+PackedModel lay(Packer& packer, const EncoderShape& shape, const EncoderParameters& parameters,
+                const OperandLayout& layout) {
+  const auto rows = [&](int64_t n) { return static_cast<int>(round_up(n, layout.row_align)); };
+  const auto steps = [&](int64_t n) {
+    return static_cast<int>(round_up(n / layout.pair, layout.step_align));
+  };
+  PackedModel m;
+  m.shape = shape;
+  m.head_rows = rows(shape.head_dim());
+  m.model_rows = rows(shape.d_model);
+  m.concat_rows = shape.nhead * m.head_rows;
+  m.hidden_rows = rows(shape.dim_feedforward);
+  m.head_steps = steps(m.head_rows);
+  m.model_steps = steps(m.model_rows);
+  m.concat_steps = steps(m.concat_rows);
+  m.hidden_steps = steps(m.hidden_rows);
+  const EncoderLayerParameters none;
+  m.layers.reserve(static_cast<size_t>(shape.num_layers));
+  for (size_t n = 0; n < static_cast<size_t>(shape.num_layers); ++n) {
+    const bool given = n < parameters.layers.size();
+    m.layers.push_back(pack_layer(packer, m, given ? parameters.layers[n] : none, layout));
+  }
+  if (shape.has_final_norm) {
+    const int d = shape.d_model;
     m.final_norm_weight = packer.vector(
         m.model_rows, [&](int i) { return element(parameters.final_norm_weight, i, d, 1.0f); });
     m.final_norm_bias = packer.vector(
         m.model_rows, [&](int i) { return element(parameters.final_norm_bias, i, d, 0.0f); });
   }
+  return m;
 }
 
 }  // namespace
 
-void PackedEncoder::Free::operator()(uint32_t* p) const {
-  std::free(p);
+size_t packed_bytes(const EncoderShape& shape, const OperandLayout& layout) {
+  Packer packer(nullptr, nullptr, layout);
+  lay(packer, shape, {}, layout);
+  return packer.words() * sizeof(uint32_t);
 }
 
-PackedEncoder::PackedEncoder(const EncoderShape& shape, const EncoderParameters& parameters,
-                             const OperandLayout& layout) {
-  const auto rows = [&](int64_t n) { return static_cast<int>(round_up(n, layout.row_align)); };
-  const auto steps = [&](int64_t n) {
-    return static_cast<int>(round_up(n / layout.pair, layout.step_align));
-  };
-  model_.shape = shape;
-  model_.head_rows = rows(shape.head_dim());
-  model_.model_rows = rows(shape.d_model);
-  model_.concat_rows = shape.nhead * model_.head_rows;
-  model_.hidden_rows = rows(shape.dim_feedforward);
-  model_.head_steps = steps(model_.head_rows);
-  model_.model_steps = steps(model_.model_rows);
-  model_.concat_steps = steps(model_.concat_rows);
-  model_.hidden_steps = steps(model_.hidden_rows);
+void pack(const EncoderShape& shape, const EncoderParameters& parameters,
+          const OperandLayout& layout, void* memory) {
+  std::memset(memory, 0, packed_bytes(shape, layout));
+  uint32_t* words = static_cast<uint32_t*>(memory);
+  Packer packer(words, words, layout);
+  lay(packer, shape, parameters, layout);
+}
 
-  Packer counter(nullptr, layout);
-  pack(counter, model_, parameters, layout);
-  words_ = counter.words();
-  memory_.reset(static_cast<uint32_t*>(std::aligned_alloc(64, words_ * sizeof(uint32_t))));
-  if (!memory_) throw std::bad_alloc();
-  std::memset(memory_.get(), 0, words_ * sizeof(uint32_t));
-  Packer packer(memory_.get(), layout);
-  pack(packer, model_, parameters, layout);
+PackedModel packed_model(const EncoderShape& shape, const OperandLayout& layout,
+                         const void* memory) {
+  Packer packer(static_cast<const uint32_t*>(memory), nullptr, layout);
+  return lay(packer, shape, {}, layout);
 }
 
 }  // namespace seqkernels::cpu

@@ -1,27 +1,18 @@
 // Packs torch's parameters into the operands a kernel reads.
 #pragma once
 
-#include <memory>
-
 #include "cpu/encoder_model.h"
 
 namespace seqkernels::cpu {
 
-// A packed model with the memory it points into.
-class PackedEncoder {
- public:
-  PackedEncoder(const EncoderShape& shape, const EncoderParameters& parameters,
-                const OperandLayout& layout);
-  const PackedModel& model() const { return model_; }
-  size_t bytes() const { return words_ * sizeof(uint32_t); }
+size_t packed_bytes(const EncoderShape& shape, const OperandLayout& layout);
 
- private:
-  struct Free {
-    void operator()(uint32_t* p) const;
-  };
-  PackedModel model_;
-  std::unique_ptr<uint32_t, Free> memory_;
-  size_t words_ = 0;
-};
+// `memory`: so many bytes, aligned to 64.
+void pack(const EncoderShape& shape, const EncoderParameters& parameters,
+          const OperandLayout& layout, void* memory);
+
+// The model that was packed there.
+PackedModel packed_model(const EncoderShape& shape, const OperandLayout& layout,
+                         const void* memory);
 
 }  // namespace seqkernels::cpu

@@ -4,11 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
-#include <vector>
 
 #include "cpu/isa_table.h"
 #include "cpu/linear_model.h"
@@ -23,73 +20,136 @@ namespace {
   throw std::invalid_argument("linear: " + what);
 }
 
-void check_norm(const char* name, const ChannelNorm& n) {
-  if (n.present() && !n.var)
-    refuse(std::string(name) + ": expected a variance beside the mean, got none");
+void check_norm(const char* name, const NormShape& shape, const NormParameters& n) {
+  if (shape.present && (!n.mean || !n.var))
+    refuse(std::string(name) + ": expected mean and variance, got a null pointer");
 }
 
-void check_parameters(const LinearParameters& p) {
-  if (p.in_features < 1 || p.out_features < 1) {
-    refuse("weight: expected [F >= 1, K >= 1], got [" + std::to_string(p.out_features) + ", " +
-           std::to_string(p.in_features) + "]");
+void check_shape(const LinearShape& s) {
+  if (s.in_features < 1 || s.out_features < 1) {
+    refuse("weight: expected [F >= 1, K >= 1], got [" + std::to_string(s.out_features) + ", " +
+           std::to_string(s.in_features) + "]");
   }
-  if (p.in_features > INT32_MAX / 4 || p.out_features > INT32_MAX / 4)
+  if (s.in_features > INT32_MAX / 4 || s.out_features > INT32_MAX / 4)
     refuse("weight: expected fewer than 2^29 rows and columns");
-  if (!p.weight) refuse("weight: expected a matrix, got a null pointer");
-  check_norm("input_norm", p.input_norm);
-  check_norm("output_norm", p.output_norm);
 }
 
-// 64-byte aligned memory of 32-bit words, zero at first.
-class Words {
+void check_parameters(const LinearShape& s, const LinearParameters& p) {
+  if (!p.weight) refuse("weight: expected a matrix, got a null pointer");
+  check_norm("input_norm", s.input_norm, p.input_norm);
+  check_norm("output_norm", s.output_norm, p.output_norm);
+}
+
+// Lays weights and norms one behind the other. Without `to` it says where they lie and writes
+// nothing.
+class Packer {
  public:
-  explicit Words(int64_t count)
-      : count_(round_up(count, 16)),
-        data_(static_cast<uint32_t*>(std::aligned_alloc(64, bytes()))) {
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0, bytes());
+  Packer(const LinearShape& shape, const LinearKernelEntry& kernel, const uint32_t* memory,
+         uint32_t* to)
+      : shape_(shape), lanes_(kernel.lanes), pair_(kernel.pair), memory_(memory), to_(to) {}
+
+  size_t bytes() const { return static_cast<size_t>(words_) * sizeof(uint32_t); }
+
+  PackedLinear lay(const LinearParameters& p) {
+    PackedLinear m;
+    m.in_features = shape_.in_features;
+    m.out_features = shape_.out_features;
+    m.steps = static_cast<int>(round_up((shape_.in_features + pair_ - 1) / pair_, kPanelSteps));
+    m.strips = (shape_.out_features + lanes_ - 1) / lanes_;
+    m.activation = shape_.activation;
+    m.negative_slope = shape_.negative_slope;
+    m.weight = weight(m, p.weight);
+    m.input_norm = norm(shape_.input_norm, p.input_norm, shape_.in_features, nullptr);
+    m.output_norm = norm(shape_.output_norm, p.output_norm, shape_.out_features, p.bias);
+    if (!shape_.output_norm.present) {
+      const int64_t begin = take_floats(shape_.out_features);
+      if (float* bias = floats(begin); bias && p.bias)
+        std::memcpy(bias, p.bias, static_cast<size_t>(shape_.out_features) * sizeof(float));
+      m.bias = at(begin);
+    }
+    return m;
   }
-  Words(Words&& other) noexcept : count_(other.count_), data_(other.data_) {
-    other.data_ = nullptr;
-  }
-  ~Words() { std::free(data_); }
-  size_t bytes() const { return static_cast<size_t>(count_) * sizeof(uint32_t); }
-  uint32_t* data() { return data_; }
 
  private:
-  int64_t count_;
-  uint32_t* data_;
+  int64_t take(int64_t words) {
+    const int64_t begin = words_;
+    words_ += round_up(words, 16);
+    return begin;
+  }
+  int64_t take_floats(int64_t count) { return take(round_up(count, lanes_) + lanes_); }
+  const float* at(int64_t begin) const {
+    return memory_ ? reinterpret_cast<const float*>(memory_ + begin) : nullptr;
+  }
+  float* floats(int64_t begin) const {
+    return to_ ? reinterpret_cast<float*>(to_ + begin) : nullptr;
+  }
+
+  // [strip][step][lane]
+  const uint32_t* weight(const PackedLinear& m, const float* from) {
+    const int64_t begin = take(m.strips * m.steps * lanes_);
+    const int64_t k_count = m.in_features;
+    uint32_t* to = to_ ? to_ + begin : nullptr;
+    for (int64_t strip = 0; to && strip < m.strips; ++strip) {
+      for (int64_t step = 0; step < m.steps; ++step) {
+        for (int64_t lane = 0; lane < lanes_; ++lane, ++to) {
+          const int64_t feature = strip * lanes_ + lane;
+          if (feature >= m.out_features) continue;
+          const float* row = from + feature * k_count;
+          const auto element = [&](int64_t k) {
+            return k < k_count ? static_cast<uint32_t>(round_to_bf16(row[k])) : 0u;
+          };
+          if (shape_.precision == Precision::kFp32) {
+            if (step < k_count) std::memcpy(to, row + step, sizeof(float));
+          } else {
+            *to = pair_ == 2 ? element(2 * step) | element(2 * step + 1) << 16
+                             : element(step) << 16;  // a bf16 widened to fp32
+          }
+        }
+      }
+    }
+    return memory_ ? memory_ + begin : nullptr;
+  }
+
+  PackedChannelNorm norm(const NormShape& shape, const NormParameters& p, int64_t channels,
+                         const float* added) {
+    PackedChannelNorm packed;
+    if (!shape.present) return packed;
+    packed.kind = shape.bounded() ? PackedChannelNorm::kBounded : PackedChannelNorm::kExact;
+    packed.max_abs = shape.max_abs;
+    int64_t begins[4];
+    for (int64_t& begin : begins) begin = take_floats(channels);
+    const ChannelNorm n{shape, p};
+    for (int64_t c = 0; to_ && c < channels; ++c) {
+      const ChannelConstants constants = channel_constants(n, c, added ? added[c] : 0.0f);
+      floats(begins[0])[c] = constants.offset;
+      floats(begins[1])[c] = constants.inverse;
+      floats(begins[2])[c] = constants.scale;
+      floats(begins[3])[c] = constants.shift;
+    }
+    packed.offset = at(begins[0]);
+    packed.inverse = at(begins[1]);
+    packed.scale = at(begins[2]);
+    packed.shift = at(begins[3]);
+    return packed;
+  }
+
+  const LinearShape& shape_;
+  const int lanes_, pair_;
+  const uint32_t* memory_;
+  uint32_t* to_;
+  int64_t words_ = 0;
 };
 
-class CpuLinear final : public Linear {
+// A packed layer with its kernel.
+class Runner {
  public:
-  CpuLinear(const LinearParameters& p, const LinearKernelEntry& kernel) : kernel_(kernel) {
-    m_.in_features = p.in_features;
-    m_.out_features = p.out_features;
-    m_.steps =
-        static_cast<int>(round_up((p.in_features + kernel.pair - 1) / kernel.pair, kPanelSteps));
-    m_.strips = (p.out_features + kernel.lanes - 1) / kernel.lanes;
-    m_.activation = p.activation;
-    m_.negative_slope = p.negative_slope;
-    pack_weight(p.weight, p.fp32_operands);
-    m_.input_norm = pack_norm(p.input_norm, p.in_features, nullptr);
-    m_.output_norm = pack_norm(p.output_norm, p.out_features, p.bias);
-    if (!p.output_norm.present()) {
-      float* bias = take_floats(p.out_features);
-      for (int64_t f = 0; f < p.out_features && p.bias; ++f) bias[f] = p.bias[f];
-      m_.bias = bias;
-    }
-  }
+  Runner(const LinearKernelEntry& kernel, const LinearShape& shape, const void* packed)
+      : kernel_(kernel),
+        m_(Packer(shape, kernel, static_cast<const uint32_t*>(packed), nullptr).lay({})) {}
 
-  size_t packed_bytes() const override {
-    size_t bytes = 0;
-    for (const Words& block : memory_) bytes += block.bytes();
-    return bytes;
-  }
+  size_t workspace_bytes() const { return panel_bytes(max_panel_rows()); }
 
-  size_t workspace_bytes() const override { return panel_bytes(max_panel_rows()); }
-
-  void forward(const LinearCall& call) const override {
+  void forward(const LinearCall& call) const {
     if (call.rows < 0) refuse("x: expected rows >= 0, got " + std::to_string(call.rows));
     if (call.rows == 0) return;
     if (call.out_stride == m_.out_features) {
@@ -98,7 +158,7 @@ class CpuLinear final : public Linear {
     }
     Run run{*this, call, plan(call), {}};
     run_parallel(static_cast<int>(std::min<int64_t>(run.plan.threads, run.plan.tasks())),
-                 &CpuLinear::thread_main, &run);
+                 &Runner::thread_main, &run);
   }
 
  private:
@@ -111,65 +171,11 @@ class CpuLinear final : public Linear {
   };
 
   struct Run {
-    const CpuLinear& linear;
+    const Runner& linear;
     const LinearCall& call;
     Plan plan;
     std::atomic<int64_t> next;
   };
-
-  uint32_t* take(int64_t words) {
-    memory_.emplace_back(words);
-    return memory_.back().data();
-  }
-  float* take_floats(int64_t count) {
-    return reinterpret_cast<float*>(take(round_up(count, kernel_.lanes) + kernel_.lanes));
-  }
-
-  // [strip][step][lane]
-  void pack_weight(const float* weight, bool fp32_operands) {
-    const int64_t k_count = m_.in_features;
-    uint32_t* to = take(m_.strips * m_.steps * kernel_.lanes);
-    m_.weight = to;
-    for (int64_t strip = 0; strip < m_.strips; ++strip) {
-      for (int64_t step = 0; step < m_.steps; ++step) {
-        for (int64_t lane = 0; lane < kernel_.lanes; ++lane, ++to) {
-          const int64_t feature = strip * kernel_.lanes + lane;
-          if (feature >= m_.out_features) continue;
-          const float* row = weight + feature * k_count;
-          const auto element = [&](int64_t k) {
-            return k < k_count ? static_cast<uint32_t>(round_to_bf16(row[k])) : 0u;
-          };
-          if (fp32_operands) {
-            if (step < k_count) std::memcpy(to, row + step, sizeof(float));
-          } else {
-            *to = kernel_.pair == 2 ? element(2 * step) | element(2 * step + 1) << 16
-                                    : element(step) << 16;  // a bf16 widened to fp32
-          }
-        }
-      }
-    }
-  }
-
-  PackedChannelNorm pack_norm(const ChannelNorm& n, int64_t channels, const float* added) {
-    PackedChannelNorm packed;
-    if (!n.present()) return packed;
-    packed.kind = n.bounded() ? PackedChannelNorm::kBounded : PackedChannelNorm::kExact;
-    packed.max_abs = n.max_abs;
-    float* arrays[4];
-    for (float*& array : arrays) array = take_floats(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      const ChannelConstants constants = channel_constants(n, c, added ? added[c] : 0.0f);
-      arrays[0][c] = constants.offset;
-      arrays[1][c] = constants.inverse;
-      arrays[2][c] = constants.scale;
-      arrays[3][c] = constants.shift;
-    }
-    packed.offset = arrays[0];
-    packed.inverse = arrays[1];
-    packed.scale = arrays[2];
-    packed.shift = arrays[3];
-    return packed;
-  }
 
   int64_t panel_row_bytes() const { return static_cast<int64_t>(m_.steps) * 4; }
   size_t panel_bytes(int64_t rows) const { return static_cast<size_t>(rows * panel_row_bytes()); }
@@ -203,7 +209,7 @@ class CpuLinear final : public Linear {
 
   static void thread_main(void* context, int, int) {
     Run& run = *static_cast<Run*>(context);
-    const CpuLinear& linear = run.linear;
+    const Runner& linear = run.linear;
     const Plan& p = run.plan;
     uint32_t* panel = static_cast<uint32_t*>(thread_workspace(linear.panel_bytes(p.block_rows)));
     linear.kernel_.enter();
@@ -220,24 +226,50 @@ class CpuLinear final : public Linear {
   }
 
   const LinearKernelEntry& kernel_;
-  std::vector<Words> memory_;
-  PackedLinear m_;
+  const PackedLinear m_;
 };
 
 }  // namespace
 
-std::unique_ptr<Linear> make_linear(const LinearKernelEntry& kernel,
-                                    const LinearParameters& parameters) {
-  check_parameters(parameters);
-  if (parameters.fp32_operands && kernel.pair != 1)
-    refuse("fp32_operands: expected a kernel that multiplies fp32");
-  return std::make_unique<CpuLinear>(parameters, kernel);
+size_t linear_packed_bytes(const LinearKernelEntry& kernel, const LinearShape& shape) {
+  check_shape(shape);
+  Packer packer(shape, kernel, nullptr, nullptr);
+  packer.lay({});
+  return packer.bytes();
+}
+
+void pack_linear(const LinearKernelEntry& kernel, const LinearShape& shape,
+                 const LinearParameters& parameters, void* packed) {
+  check_parameters(shape, parameters);
+  if (shape.precision == Precision::kFp32 && kernel.pair != 1)
+    refuse("precision: expected a kernel that multiplies fp32");
+  std::memset(packed, 0, linear_packed_bytes(kernel, shape));
+  uint32_t* words = static_cast<uint32_t*>(packed);
+  Packer(shape, kernel, words, words).lay(parameters);
+}
+
+void run_linear(const LinearKernelEntry& kernel, const LinearShape& shape, const void* packed,
+                const LinearCall& call) {
+  Runner(kernel, shape, packed).forward(call);
 }
 
 }  // namespace cpu
 
-std::unique_ptr<Linear> make_linear(const std::string& isa, const LinearParameters& parameters) {
-  return cpu::make_linear(cpu::linear_kernel(isa, parameters.fp32_operands), parameters);
+size_t linear_packed_bytes(int isa, const LinearShape& shape) {
+  return cpu::linear_packed_bytes(cpu::linear_kernel(isa, shape.precision), shape);
+}
+
+void pack_linear(int isa, const LinearShape& shape, const LinearParameters& parameters,
+                 void* packed) {
+  cpu::pack_linear(cpu::linear_kernel(isa, shape.precision), shape, parameters, packed);
+}
+
+void run_linear(int isa, const LinearShape& shape, const void* packed, const LinearCall& call) {
+  cpu::run_linear(cpu::linear_kernel(isa, shape.precision), shape, packed, call);
+}
+
+size_t linear_workspace_bytes(int isa, const LinearShape& shape) {
+  return cpu::Runner(cpu::linear_kernel(isa, shape.precision), shape, nullptr).workspace_bytes();
 }
 
 }  // namespace seqkernels

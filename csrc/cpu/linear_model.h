@@ -50,9 +50,12 @@ struct LinearKernelEntry {
   void (*leave)();
 };
 
-// A layer on this kernel, which must be able to run here.
-std::unique_ptr<Linear> make_linear(const LinearKernelEntry& kernel,
-                                    const LinearParameters& parameters);
+// As the functions without `cpu::`, on this kernel, which must be able to run here.
+size_t linear_packed_bytes(const LinearKernelEntry& kernel, const LinearShape& shape);
+void pack_linear(const LinearKernelEntry& kernel, const LinearShape& shape,
+                 const LinearParameters& parameters, void* packed);
+void run_linear(const LinearKernelEntry& kernel, const LinearShape& shape, const void* packed,
+                const LinearCall& call);
 
 const LinearKernelEntry& linear_portable();
 const LinearKernelEntry& linear_amx_emulated();

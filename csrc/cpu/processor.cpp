@@ -185,30 +185,39 @@ std::string processor_name() {
   return "unknown";
 }
 
-namespace cpu {
-
-namespace {
-
-const Isa& find_runnable(const std::string& isa) {
-  const std::vector<std::string> reasons = isa_unsupported_reasons(isa);
+int runnable_isa(const std::string& name) {
+  const std::vector<std::string> reasons = isa_unsupported_reasons(name);
   if (!reasons.empty()) {
-    std::string message = "isa: '" + isa + "' cannot run here:";
+    std::string message = "isa: '" + name + "' cannot run here:";
     for (const std::string& reason : reasons) message += " " + reason + ";";
     message.pop_back();
     throw std::invalid_argument(message);
   }
-  return find(isa);
+  return static_cast<int>(&find(name) - kIsas);
+}
+
+namespace cpu {
+namespace {
+
+const Isa& at(int isa) {
+  const int count = static_cast<int>(std::size(kIsas));
+  if (isa < 0 || isa >= count) {
+    throw std::invalid_argument("isa: expected 0 .. " + std::to_string(count - 1) + ", got " +
+                                std::to_string(isa));
+  }
+  return kIsas[isa];
 }
 
 }  // namespace
 
-const EncoderKernelEntry& encoder_kernel(const std::string& isa) {
-  return find_runnable(isa).encoder();
+const EncoderKernelEntry& encoder_kernel(int isa) {
+  return at(isa).encoder();
 }
 
-const LinearKernelEntry& linear_kernel(const std::string& isa, bool fp32_operands) {
-  const Isa& found = find_runnable(isa);
-  if (!fp32_operands || found.linear().pair == 1) return found.linear();
+const LinearKernelEntry& linear_kernel(int isa, Precision precision) {
+  const Isa& found = at(isa);
+  if (precision == Precision::kBf16 || found.linear().pair == 1) return found.linear();
+  // Where a set multiplies bf16 alone, the best one below it that multiplies fp32.
   for (const Isa* below = &found + 1; below != std::end(kIsas); ++below) {
     Reasons reasons;
     below->check(reasons);
@@ -217,8 +226,8 @@ const LinearKernelEntry& linear_kernel(const std::string& isa, bool fp32_operand
   return linear_portable();
 }
 
-const ResilientBatchNormKernelEntry& resilient_batch_norm_kernel(const std::string& isa) {
-  return find_runnable(isa).resilient_batch_norm();
+const ResilientBatchNormKernelEntry& resilient_batch_norm_kernel(int isa) {
+  return at(isa).resilient_batch_norm();
 }
 
 }  // namespace cpu

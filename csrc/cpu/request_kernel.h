@@ -249,7 +249,7 @@ struct RequestKernel {
     join_candidate(c, u, strips);
     weigh_keys(c, u);
     weigh_values(c, u);
-    if (task.call->pool_max) Encoder::reset_pool(c);
+    if (task.call->pool_max()) Encoder::reset_pool(c);
     const bool last = m.shape.num_layers == 1;
     bool fits = true;
     Encoder::for_groups(0, last ? Encoder::strips_of(task.num_queries_last) : strips,
@@ -260,7 +260,7 @@ struct RequestKernel {
     if (!fits) return false;
     Barrier alone;
     Encoder::run_layers(c, 1, &alone, 0, 1);
-    if (task.call->pool_max) Encoder::reduce_pool(c, pooled);
+    if (task.call->pool_max()) Encoder::reduce_pool(c, pooled);
     return true;
   }
 

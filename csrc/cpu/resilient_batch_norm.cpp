@@ -25,7 +25,8 @@ void check_call(const ResilientBatchNormCall& call) {
     refuse("outer, inner: expected sizes, got " + std::to_string(call.outer) + " and " +
            std::to_string(call.inner));
   }
-  if (!call.norm.mean || !call.norm.var) refuse("mean, var: expected both, got a null pointer");
+  if (!call.constants && (!call.norm.mean || !call.norm.var))
+    refuse("mean, var: expected both, got a null pointer");
   if (!(call.norm.eps >= 0) || !(call.norm.min_var >= 0) || !(call.norm.max_abs >= 0))
     refuse("eps, min_var, max_abs: expected numbers that are not negative");
 }
@@ -88,31 +89,55 @@ Rows rows_of(const ResilientBatchNormCall& c) {
   return r;
 }
 
-// The constants of `count` values after each other.
-PackedChannelNorm pack(const ResilientBatchNormCall& call, int64_t count, int64_t repeat,
-                       float* memory) {
-  float* const arrays[4] = {memory, memory + count, memory + 2 * count, memory + 3 * count};
-  const int64_t period = call.channels * repeat;
-  for (int64_t channel = 0; channel < call.channels; ++channel) {
-    const ChannelConstants k = channel_constants(call.norm, channel, 0.0f);
-    const float values[4] = {k.offset, k.inverse, k.scale, k.shift};
-    for (int a = 0; a < 4; ++a) {
-      std::fill_n(arrays[a] + channel * repeat, repeat, values[a]);
-    }
+// Constants of the channels, [4][C].
+void fill_constants(int64_t channels, const ChannelNorm& norm, float* to) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    const ChannelConstants k = channel_constants(norm, channel, 0.0f);
+    to[channel] = k.offset;
+    to[channels + channel] = k.inverse;
+    to[2 * channels + channel] = k.scale;
+    to[3 * channels + channel] = k.shift;
   }
-  for (float* array : arrays) {
+}
+
+// Four arrays of `count` values each, at `constants` one behind the other.
+PackedChannelNorm arrays_of(const ResilientBatchNormCall& call, const float* constants,
+                            int64_t count) {
+  return {call.norm.bounded() ? PackedChannelNorm::kBounded : PackedChannelNorm::kExact,
+          call.norm.max_abs,
+          constants,
+          constants + count,
+          constants + 2 * count,
+          constants + 3 * count};
+}
+
+// The constants of `count` values after each other, in `memory` [4][count] where they are not those
+// of the channels as they are.
+PackedChannelNorm spread(const ResilientBatchNormCall& call, int64_t count, int64_t repeat,
+                         float* memory) {
+  const int64_t channels = call.channels;
+  if (count == channels && repeat == 1) {
+    if (!call.constants) fill_constants(channels, call.norm, memory);
+    return arrays_of(call, call.constants ? call.constants : memory, channels);
+  }
+  const float* constants = call.constants;
+  if (!constants) {
+    float* own = memory + 4 * count;
+    fill_constants(channels, call.norm, own);
+    constants = own;
+  }
+  const int64_t period = channels * repeat;
+  for (int a = 0; a < 4; ++a) {
+    float* array = memory + a * count;
+    for (int64_t channel = 0; channel < channels; ++channel)
+      std::fill_n(array + channel * repeat, repeat, constants[a * channels + channel]);
     for (int64_t done = period; done < count;) {
       const int64_t more = std::min(done, count - done);
       std::copy_n(array, more, array + done);
       done += more;
     }
   }
-  return {call.norm.bounded() ? PackedChannelNorm::kBounded : PackedChannelNorm::kExact,
-          call.norm.max_abs,
-          arrays[0],
-          arrays[1],
-          arrays[2],
-          arrays[3]};
+  return arrays_of(call, memory, count);
 }
 
 struct Run {
@@ -166,17 +191,23 @@ struct Run {
 }  // namespace
 }  // namespace cpu
 
-ResilientBatchNorm::ResilientBatchNorm(const std::string& isa)
-    : kernel_(cpu::resilient_batch_norm_kernel(isa)) {}
+size_t packed_channel_norm_bytes(int64_t channels) {
+  return static_cast<size_t>(4 * channels) * sizeof(float);
+}
 
-void ResilientBatchNorm::forward(const ResilientBatchNormCall& call) const {
+void pack_channel_norm(int64_t channels, const ChannelNorm& norm, void* packed) {
+  cpu::fill_constants(channels, norm, static_cast<float*>(packed));
+}
+
+void run_resilient_batch_norm(int isa, const ResilientBatchNormCall& call) {
+  const cpu::ResilientBatchNormKernelEntry& kernel = cpu::resilient_batch_norm_kernel(isa);
   cpu::check_call(call);
   if (call.outer == 0 || call.inner == 0) return;
   const cpu::Rows rows = cpu::rows_of(call);
   const int64_t constants = rows.one_per_row ? rows.inner : rows.width;
   float* memory = static_cast<float*>(
-      cpu::thread_workspace(static_cast<size_t>(4 * constants) * sizeof(float)));
-  cpu::Run run{kernel_, call, rows, cpu::pack(call, constants, rows.repeat, memory)};
+      cpu::thread_workspace(static_cast<size_t>(4 * (constants + call.channels)) * sizeof(float)));
+  cpu::Run run{kernel, call, rows, cpu::spread(call, constants, rows.repeat, memory)};
 
   constexpr int64_t kValuesPerThread = 32768;
   const int64_t values = call.outer * call.inner * call.channels;

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/channel_norm_pack.h"
-#include "seqkernels/activation.h"
+#include "seqkernels/options.h"
 
 namespace seqkernels::cpu {
 

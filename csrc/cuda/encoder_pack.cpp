@@ -254,7 +254,7 @@ EncoderPlan plan_encoder(const EncoderShape& shape, const EncoderCall& call,
   const int64_t strips = (tokens + kTile - 1) / kTile;
   const auto memory_of = [&](int instance, int warps) {
     return BlockMemory(encoder_instances()[static_cast<size_t>(instance)], layout, tokens, warps,
-                       call.pool_max);
+                       call.pool_max());
   };
   constexpr int64_t kMostBlocks = INT_MAX;
   const int exact = exact_instance(shape);
@@ -339,8 +339,8 @@ EncoderParams encoder_call_params(const EncoderShape& shape, const EncoderCall& 
   p.padding = call.computes_padding ? Padding::kZero : call.padding;
   p.computes_padding = call.computes_padding;
   p.is_bf16 = call.is_bf16;
-  p.latest_last = call.latest_last;
-  p.pool_max = call.pool_max;
+  p.latest_last = call.latest_last();
+  p.pool_max = call.pool_max();
 
   // Eight columns are 16 bytes of bf16 or 32 of fp32, aligned to 16.
   const int64_t element = call.is_bf16 ? 2 : 4;
@@ -358,7 +358,7 @@ EncoderParams encoder_params(const EncoderShape& shape, const EncoderPlan& plan,
   const EncoderInstance& instance = encoder_instances()[static_cast<size_t>(plan.instance)];
   EncoderParams p = encoder_call_params(shape, call, encoder_layout(shape), packed);
   p.warps = plan.threads / 32;
-  const BlockMemory m(instance, p.layout, p.tokens, p.warps, call.pool_max);
+  const BlockMemory m(instance, p.layout, p.tokens, p.warps, call.pool_max());
   p.keys_in_workspace = plan.keys_in_workspace;
   p.x_in_workspace = plan.workspace_bytes > 0;
   p.workspace = static_cast<unsigned char*>(workspace);

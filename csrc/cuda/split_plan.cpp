@@ -106,7 +106,7 @@ void plan_split(const EncoderShape& shape, const EncoderCall& call, const Encode
 
   const int64_t positions = kPositionsOffset + strips * kTile * 4;
   const auto tail = [&](int group) {
-    return TailMemory(l, instance, strips, group, split.warps, call.pool_max).total;
+    return TailMemory(l, instance, strips, group, split.warps, call.pool_max()).total;
   };
   // Of about the same size, and no more of them than there have to be, unless multiprocessors would
   // be idle.
@@ -184,12 +184,12 @@ std::vector<SplitLaunch> split_launches(const EncoderShape& shape, const Encoder
       p.values = p.keys + vectors(keys);
       p.workspace_stride = 2 * keys;
       launch(SplitStep::kAttention, count, l.heads, split.attention_warps, split.attention_bytes);
-      const TailMemory memory(l, instance, p.strips, split.group, split.warps, call.pool_max);
+      const TailMemory memory(l, instance, p.strips, split.group, split.warps, call.pool_max());
       p.pool = vectors(memory.pool);
       params.operand = vectors(memory.operand);
       params.hidden = vectors(memory.hidden);
       // A running maximum is one block's.
-      const bool whole = call.pool_max && params.layer + 1 == shape.num_layers;
+      const bool whole = call.pool_max() && params.layer + 1 == shape.num_layers;
       launch(SplitStep::kTail, count, whole ? 1 : split.blocks, split.warps, split.tail_bytes);
     }
   }

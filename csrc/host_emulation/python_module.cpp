@@ -1,11 +1,22 @@
-// The test module `_cuda_emulation`: the CUDA part of `seqkernels._native`, executed on the host.
-#include "bindings/bindings.h"
+// The test module `_cuda_emulation`: the ops on a CUDA device, executed on the host. They are those
+// of `torch.ops.seqkernels_emulated`.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "bindings/cuda.h"
 #include "host_emulation/launchers.h"
+#include "seqkernels/library.h"
 
 PYBIND11_MODULE(_cuda_emulation, m) {
   using namespace seqkernels;
   using host_emulation::launch_settings;
   namespace py = pybind11;
+  m.def("ops_error", &ops_error,
+        "Why the ops are not registered with torch, empty where they are.");
   bind_cuda(m);
   m.def(
       "set_schedule",

@@ -1,7 +1,7 @@
 """The backends, which of them runs a call, and how a fallback is told.
 
-A backend has a ``name``, says why it cannot run an op on a device, names the ``variant`` of its
-code it would use (an instruction set, an architecture) and has one method for each op.
+A backend has a ``name``, says why it cannot run a `Problem`, names the ``variant`` of its code that
+it would use (an instruction set, an architecture), and has one method for each op.
 """
 
 from __future__ import annotations
@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 
 from seqkernels import settings
-from seqkernels.backends.call import (
-    EncoderCall,
-    EncoderOptions,
-    EncoderSize,
-    LinearCall,
-    LinearOptions,
-    ResilientBatchNormCall,
-    ResilientBatchNormOptions,
-)
+from seqkernels.backends.call import EncoderCall, LinearCall, ResilientBatchNormCall
 from seqkernels.backends.cpu import CpuBackend
 from seqkernels.backends.cuda import CudaBackend
+from seqkernels.backends.problem import FEATURES, EncoderSize, Problem
 from seqkernels.backends.reference import ReferenceBackend
 from seqkernels.backends.triton import TritonBackend
 from seqkernels.backends.weights import WeightSet, lookup, recheck_weights
@@ -33,14 +26,15 @@ from seqkernels.errors import BackendUnavailableError
 
 __all__ = [
     "BACKENDS",
+    "FEATURES",
     "Choice",
+    "CpuBackend",
     "EncoderCall",
-    "EncoderOptions",
     "EncoderSize",
     "LinearCall",
-    "LinearOptions",
+    "Native",
+    "Problem",
     "ResilientBatchNormCall",
-    "ResilientBatchNormOptions",
     "WeightSet",
     "calls",
     "check_name",
@@ -61,13 +55,8 @@ class Backend(Protocol):
     name: str
     devices: tuple[str, ...]  # types of the devices it has kernels for; none: any
 
-    def not_supported_reasons(
-        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
-    ) -> list[str]:
-        """Every reason why it cannot run, empty if it can.
-
-        `device` is a type ("cpu", "cuda"); `size` is given for encoders away from the CPU.
-        """
+    def reasons(self, problem: Problem) -> list[str]:
+        """Every reason why it cannot run a problem, empty if it can."""
 
     def variant(self) -> str:
         """Which of its variants runs, "" where there is one."""
@@ -107,6 +96,14 @@ class Choice(NamedTuple):
         return f"{self.backend.name}/{self.variant}" if self.variant else self.backend.name
 
 
+class Native(NamedTuple):
+    """A native op of the CPU, its packed weights, and its key in `calls`."""
+
+    op: Callable[..., Tensor]
+    packed: tuple[Tensor, Tensor]
+    label: str
+
+
 def declined(choice: Choice) -> tuple[str, ...]:
     """Why the reference runs a call although nobody asked for it; empty if that is not so."""
     if choice.backend.name != "reference":
@@ -121,14 +118,11 @@ def check_name(name: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")
 
 
-_Key = tuple[str, str, str, torch.dtype, EncoderSize | None]
-_choices: dict[_Key, tuple[Choice, str]] = {}
+_choices: dict[tuple[Problem, str], tuple[Choice, str]] = {}
 _choices_for: settings.Settings | None = None  # the settings they were made under
 
 
-def choose(
-    op: str, name: str, device: str, dtype: torch.dtype, size: EncoderSize | None = None
-) -> tuple[Choice, str]:
+def choose(problem: Problem, name: str) -> tuple[Choice, str]:
     """The backend for a call, and its key in `calls`; a fallback is told.
 
     Raises
@@ -143,20 +137,20 @@ def choose(
     if _choices_for is not now:
         _choices.clear()
         _choices_for = now
-    key = (op, name, device, dtype, size)
+    key = (problem, name)
     made = _choices.get(key)
     if made is None:
-        choice = resolve(op, name, device, dtype, size)
+        choice = resolve(problem, name)
         if choice.rejected and choice.backend.name == "reference":
-            report_fallback(op, "auto", [f"{n}: {r}" for n, rs in choice.rejected for r in rs])
+            told = [f"{n}: {r}" for n, rs in choice.rejected for r in rs]
+            report_fallback(problem.op, "auto", told)
         made = _choices[key] = (choice, choice.label)
     return made
 
 
-def resolve(
-    op: str, name: str, device: str, dtype: torch.dtype, size: EncoderSize | None = None
-) -> Choice:
+def resolve(problem: Problem, name: str) -> Choice:
     """As `choose`, telling nobody of a fallback."""
+    op, device = problem.op, problem.device
     check_name(name, f"{op}: backend")
     if name == "auto":
         name = settings.current.backend
@@ -169,7 +163,7 @@ def resolve(
             continue
         if name == "auto" and has_kernels and backend.devices and device not in backend.devices:
             continue
-        reasons = backend.not_supported_reasons(op, device, dtype, size)
+        reasons = backend.reasons(problem)
         if not reasons:
             return Choice(backend, backend.variant(), tuple(rejected))
         if name != "auto":

@@ -1,4 +1,4 @@
-"""What the op hands to a backend: one checked call."""
+"""What an op hands to a backend: one checked call, of which the backend returns the result."""
 
 from __future__ import annotations
 
@@ -8,26 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from seqkernels.backends.weights import WeightSet
-
-
-class EncoderSize(NamedTuple):
-    """What of an encoder decides which kernels take it."""
-
-    d_model: int
-    nhead: int
-    dim_feedforward: int
-    num_layers: int
-
-
-class EncoderOptions(NamedTuple):
-    """What the model fixes beside its weights; with them, the key of the packed weights."""
-
-    nhead: int
-    activation: str
-    negative_slope: float
-    norm_first: bool
-    layer_norm_eps: float
-    final_norm_eps: float
+from seqkernels.options import EncoderOptions, LinearOptions, ResilientBatchNormOptions
 
 
 class EncoderCall(NamedTuple):
@@ -40,33 +21,70 @@ class EncoderCall(NamedTuple):
     Not checked: the values of a floating mask (done) and of ``lengths`` (the backend does).
     """
 
-    x: Tensor  # [B, L, E], last dimension contiguous
-    candidate: Tensor | None  # [B, C], last dimension contiguous
+    x: Tensor  # [B, L, E]
+    candidate: Tensor | None  # [B, C]
     weights: Sequence[Tensor | None]
     weight_set: WeightSet
     mask: Tensor | None  # [B, L] bool, True = ignore; at most one of mask and lengths
-    lengths: Tensor | None  # [B] int64, contiguous
+    lengths: Tensor | None  # [B] int32 or int64
     options: EncoderOptions
-    fusion: str
-    padding: str
-    order: str
-    latest_k: int | None
-    pool: str
-    out: Tensor  # [B, L', D] or [B, latest_k * D (+ D)], to be written; B >= 1
-    user_index: Tensor | None = None  # [B] int64, contiguous; of request scoring
+    user_index: Tensor | None = None  # [B] int32 or int64; of request scoring
     # [1] bool or uint8, on the device: padding is "compute" where it is true, else "zero", whatever
-    # `padding` says. For what only the device knows; not of request scoring.
+    # the options say. For what only the device knows; not of request scoring.
     computes_padding: Tensor | None = None
 
+    def new_output(self) -> Tensor:
+        """The result, not filled: [B, L', D] or [B, latest_k * D (+ D)]."""
+        rows = None if self.candidate is None else self.candidate.shape[0]
+        is_request = self.user_index is not None
+        return new_encoder_output(
+            self.x, self.weight_set.shape.d_model, self.options, rows if is_request else None
+        )
 
-class ResilientBatchNormOptions(NamedTuple):
-    """The numbers of a batch norm, and the activation after it."""
+    def is_empty(self) -> bool:
+        """Whether there are no sequences, or only some without events."""
+        rows = self.x if self.user_index is None else self.user_index
+        return not rows.shape[0] or not (self.x.shape[1] or self.options.fusion == "append")
 
-    eps: float
-    min_var: float
-    max_abs: float
-    activation: str
-    negative_slope: float
+
+def new_encoder_output(
+    x: Tensor, d_model: int, options: EncoderOptions, candidates: int | None = None
+) -> Tensor:
+    """An encoder's result, not filled; a full sequence lies in memory in the order of x.
+
+    With the number of `candidates`, that of request scoring.
+    """
+    batch, length, _ = x.shape
+    stride_b, stride_l, _ = x.stride()
+    if candidates is not None:
+        batch = candidates
+    if options.latest_k is not None:
+        return x.new_empty((batch, (options.latest_k + (options.pool == "max")) * d_model))
+    if options.fusion == "append":
+        length = length + 1
+    if candidates is None and 0 < stride_b < stride_l:
+        return x.new_empty((length, batch, d_model)).transpose(0, 1)
+    return x.new_empty((batch, length, d_model))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of [N, C, L] lie closer in memory than the positions."""
+    return x.dim() == 3 and 0 < x.stride(1) < x.stride(2)
+
+
+def new_norm_output(x: Tensor) -> Tensor:
+    """A batch norm's result, not filled; channels lie in memory where those of x do."""
+    if is_channels_last(x):
+        n, c, length = x.shape
+        return x.new_empty((n, length, c)).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+def readable(x: Tensor) -> Tensor:
+    """X itself where its rows or positions are contiguous, else a copy."""
+    if is_channels_last(x):
+        return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class ResilientBatchNormCall(NamedTuple):
@@ -75,33 +93,21 @@ class ResilientBatchNormCall(NamedTuple):
     Letters: N rows, C channels, L positions.
     """
 
-    x: Tensor  # [N, C], rows contiguous; [N, C, L], positions or channels contiguous
+    x: Tensor  # [N, C] or [N, C, L]
     mean: Tensor  # [C], any floating dtype, as those below
     var: Tensor  # [C]
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
     options: ResilientBatchNormOptions
-    out: Tensor  # as x, to be written; contiguous in the order of x's dimensions in memory
-
-
-class LinearOptions(NamedTuple):
-    """The numbers of a linear layer's norms (eps, min_var, max_abs; or none), and the rest."""
-
-    input_norm: tuple[float, ...]
-    output_norm: tuple[float, ...]
-    activation: str
-    negative_slope: float
-    precision: str  # of the product's operands: "bf16" or "fp32"
 
 
 class LinearCall(NamedTuple):
     """A call of the op ``linear`` that is checked and not empty.
 
-    Letters: N rows, K = in_features, F = out_features.
+    Letters: K = in_features, F = out_features.
     """
 
-    x: Tensor  # [N, K], rows contiguous
+    x: Tensor  # [..., K]
     weights: Sequence[Tensor | None]  # see linear_weights.NAMES
     weight_set: WeightSet
     options: LinearOptions
-    out: Tensor  # [N, F], contiguous, to be written

@@ -1,4 +1,4 @@
-"""The fused CPU kernels of the native module: choose an instruction set, pack weights, call."""
+"""The native CPU kernels: choose an instruction set, pack weights, call."""
 
 from __future__ import annotations
 
@@ -11,24 +11,15 @@ from torch import Tensor
 
 from seqkernels import settings
 from seqkernels.backends import native_module
-from seqkernels.backends.call import (
-    EncoderCall,
-    EncoderOptions,
-    EncoderSize,
-    LinearCall,
-    LinearOptions,
-    ResilientBatchNormCall,
-)
-from seqkernels.backends.encoder_weights import PER_LAYER
-from seqkernels.backends.linear_weights import INPUT_NORM, OUTPUT_NORM
-from seqkernels.backends.native_arguments import batch_norm_arguments, encoder_arguments, fp32
+from seqkernels.backends.call import EncoderCall, LinearCall, ResilientBatchNormCall
+from seqkernels.backends.problem import Capability, Problem
 from seqkernels.backends.weights import WeightSet
+from seqkernels.options import EncoderOptions, LinearOptions, ResilientBatchNormOptions
 
-_native: Any = native_module.module
-import_error = native_module.import_error
-
-_DTYPES = (torch.float32, torch.bfloat16)
 _EMULATED = "_emulated"  # such a set is for tests: it is used when named, never chosen
+
+
+Packed = tuple[Tensor, Tensor]  # what stands beside packed weights, and them
 
 
 class IsaStatus(NamedTuple):
@@ -38,11 +29,6 @@ class IsaStatus(NamedTuple):
     runnable: bool  # by this processor and operating system
     chosen: bool
     reasons: tuple[str, ...]  # why it is not chosen; empty when it is
-
-
-def native() -> Any:
-    """The native module, or None; `import_error` then says why."""
-    return _native
 
 
 @lru_cache(maxsize=16)
@@ -75,7 +61,8 @@ def isa_table() -> tuple[IsaStatus, ...]:
     ValueError
         When ``SEQKERNELS_ISA`` names none of them.
     """
-    return () if _native is None else _isa_table(_native, settings.current.isa)
+    module = native_module.module
+    return () if module is None else _isa_table(module, settings.current.isa)
 
 
 class CpuBackend:
@@ -83,104 +70,86 @@ class CpuBackend:
 
     name = "cpu"
     devices: tuple[str, ...] = ("cpu",)
+    ops: Any = torch.ops.seqkernels
+    capabilities = dict.fromkeys(
+        ("encoder", "request_scoring", "linear", "resilient_batch_norm"), Capability()
+    )
 
-    def not_supported_reasons(
-        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
-    ) -> list[str]:
-        """Every reason why it cannot run a call on tensors of this device type and dtype."""
+    def reasons(self, problem: Problem) -> list[str]:
+        """Every reason why it cannot run a problem, empty if it can."""
         reasons = []
-        if _native is None:
-            reasons.append(import_error or "the native module is missing")
+        if native_module.module is None:
+            reasons.append(native_module.import_error or "the native module is missing")
         elif not self.variant():
             reasons.append(
                 "no instruction set can run: "
                 + "; ".join(f"{s.name}: {', '.join(s.reasons)}" for s in isa_table())
             )
-        if device != "cpu":
-            reasons.append(f"tensors on {device}, it takes CPU tensors")
-        if dtype not in _DTYPES:
-            reasons.append(f"dtype {dtype}, it takes float32 and bfloat16")
-        return reasons
+        if problem.device != "cpu":
+            reasons.append(f"tensors on {problem.device}, it takes CPU tensors")
+        return reasons + self.capabilities[problem.op].reasons(problem)
 
     def variant(self) -> str:
         """The instruction set in use, "" if there is none."""
         return next((s.name for s in isa_table() if s.chosen), "")
 
     def encoder(self, call: EncoderCall, isa: str) -> Tensor:
-        """Write ``call.out`` by one call of the kernel."""
-        packed = call.weight_set.derived(
-            (isa, call.options), _pack, call.weights, call.weight_set, call.options, isa
+        """Run the op ``encoder``, or with ``call.user_index`` the op ``request_scoring``."""
+        packed = self.packed_encoder(call.weight_set, call.weights, call.options, isa)
+        return run_encoder(self.ops, call, *packed)
+
+    def packed_encoder(
+        self,
+        weight_set: WeightSet,
+        weights: Sequence[Tensor | None],
+        options: EncoderOptions,
+        isa: str,
+    ) -> Packed:
+        """An encoder's weights for one instruction set, behind what stands beside them."""
+        return weight_set.derived(  # type: ignore[no-any-return]
+            (isa, options), self.ops.pack_encoder, weights, *options, isa
         )
-        packed.forward(*encoder_arguments(call), torch.get_num_threads())
-        return call.out
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, isa: str) -> Tensor:
-        """Write ``call.out`` by one call of the kernel."""
-        arguments, kept = batch_norm_arguments(call)
-        _batch_norm_kernel(isa).forward(*arguments, torch.get_num_threads())
-        del kept  # the call is over
-        return call.out
+        """Run the op ``resilient_batch_norm``."""
+        packed = self.packed_norm(call[1:5], call.options, isa)
+        return self.ops.resilient_batch_norm_packed(call.x, *packed)  # type: ignore[no-any-return]
+
+    def packed_norm(
+        self, tensors: Sequence[Tensor | None], options: ResilientBatchNormOptions, isa: str
+    ) -> Packed:
+        """The constants of a batch norm; not kept, since no `WeightSet` stands for statistics."""
+        return self.ops.pack_resilient_batch_norm(  # type: ignore[no-any-return]
+            *tensors, *options, isa
+        )
 
     def linear(self, call: LinearCall, isa: str) -> Tensor:
-        """Write ``call.out`` by one call of the kernel."""
-        x, weights, weight_set, options, out = call
-        packed = weight_set.derived((isa, options), _pack_linear, weights, options, isa)
-        packed.forward(
-            x.data_ptr(),
-            x.dtype is torch.bfloat16,
-            x.shape[0],
-            x.stride(0),
-            out.data_ptr(),
-            out.stride(0),
-            torch.get_num_threads(),
+        """Run the op ``linear``."""
+        packed = self.packed_linear(call.weight_set, call.weights, call.options, isa)
+        return self.ops.linear_packed(call.x, *packed)  # type: ignore[no-any-return]
+
+    def packed_linear(
+        self,
+        weight_set: WeightSet,
+        weights: Sequence[Tensor | None],
+        options: LinearOptions,
+        isa: str,
+    ) -> Packed:
+        """As `packed_encoder`."""
+        return weight_set.derived(  # type: ignore[no-any-return]
+            (isa, options), self.ops.pack_linear, weights, *options, isa
         )
-        return out
 
 
-def _pack_linear(weights: Sequence[Tensor | None], options: LinearOptions, isa: str) -> Any:
-    """The native object that holds the weights and norms for one instruction set."""
-    plain = [None if w is None else fp32(w) for w in weights]  # kept until the copy is made
-    pointers = [0 if w is None else w.data_ptr() for w in plain]
-    weight = weights[0]
-    assert weight is not None
-    return _native.LinearWeights(
-        isa,
-        weight.shape[1],
-        weight.shape[0],
-        *pointers[:2],
-        pointers[INPUT_NORM] if options.input_norm else [],
-        options.input_norm,
-        pointers[OUTPUT_NORM] if options.output_norm else [],
-        options.output_norm,
-        options.activation,
-        options.negative_slope,
-        options.precision == "fp32",
-    )
-
-
-@lru_cache(maxsize=16)
-def _batch_norm_kernel(isa: str) -> Any:
-    return _native.ResilientBatchNorm(isa)
-
-
-def _pack(
-    weights: Sequence[Tensor | None], weight_set: WeightSet, options: EncoderOptions, isa: str
-) -> Any:
-    """The native object that holds the weights in the layout of one instruction set."""
-    shape = weight_set.shape
-    plain = [None if w is None else fp32(w) for w in weights]  # kept until the copy is made
-    pointers = [0 if w is None else w.data_ptr() for w in plain]
-    end = shape.num_layers * PER_LAYER
-    return _native.EncoderWeights(
-        isa,
-        shape.d_model,
-        options.nhead,
-        shape.dim_feedforward,
-        options.activation,
-        options.negative_slope,
-        options.norm_first,
-        options.layer_norm_eps,
-        options.final_norm_eps,
-        [pointers[i : i + PER_LAYER] for i in range(0, end, PER_LAYER)],
-        pointers[end:],
+def run_encoder(ops: Any, call: EncoderCall, model: Tensor, packed: Tensor) -> Tensor:
+    """One call of the native kernel."""
+    return ops.encoder_packed(  # type: ignore[no-any-return]
+        call.x,
+        call.candidate,
+        call.user_index,
+        call.mask,
+        call.lengths,
+        call.computes_padding,
+        model,
+        packed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,3 +38,21 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def without_code(built: str) -> list[str]:
+    """Why kernels built for these architectures, as in "nvcc 13.0, 80-real 120", do not run here.
+
+    Code for an architecture runs on newer ones of its generation, and its PTX ("120" without
+    "-real") on all newer ones.
+    """
+    known = re.findall(r"\b(\d+)(\d)[af]?(-real)?(?= |$)", built.partition(",")[2])
+    if not known:
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    for known_major, known_minor, real in known:
+        other = (int(known_major), int(known_minor))
+        if other <= (major, minor) and (other[0] == major or not real):
+            return []
+    names = ", ".join(f"{a}.{b}" for a, b, _ in known)
+    return [f"compute capability {major}.{minor}, it was built for {names}"]

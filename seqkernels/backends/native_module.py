@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401  which the library looks for when it is loaded
+
 
 def missing_reason(error: ModuleNotFoundError, package: Path, path: list[str] | None = None) -> str:
     """The reason as a sentence.
@@ -50,3 +52,6 @@ except Exception as error:  # a broken build must not keep the reference from wo
         + "".join(traceback.format_exception_only(error)).strip()
         + "; rebuild it with `pip install --force-reinstall --no-deps .`"
     )
+if module is not None and module.ops_error():
+    import_error = f"the native library could not register its ops: {module.ops_error()}"
+    module = None

@@ -10,14 +10,18 @@ from torch import Tensor
 from seqkernels import reference
 from seqkernels.backends.call import (
     EncoderCall,
-    EncoderOptions,
-    EncoderSize,
     LinearCall,
-    LinearOptions,
     ResilientBatchNormCall,
-    ResilientBatchNormOptions,
+    is_channels_last,
 )
 from seqkernels.backends.linear_weights import INPUT_NORM, OUTPUT_NORM
+from seqkernels.backends.problem import Problem
+from seqkernels.options import (
+    EncoderOptions,
+    LinearOptions,
+    ResilientBatchNormOptions,
+    limit_of,
+)
 
 
 class ReferenceBackend:
@@ -26,9 +30,7 @@ class ReferenceBackend:
     name = "reference"
     devices: tuple[str, ...] = ()
 
-    def not_supported_reasons(
-        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
-    ) -> list[str]:
+    def reasons(self, problem: Problem) -> list[str]:
         """Nothing keeps it from running."""
         return []
 
@@ -37,7 +39,7 @@ class ReferenceBackend:
         return ""
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``; with ``call.user_index``, of request scoring."""
+        """Run the op ``encoder``, or with ``call.user_index`` the op ``request_scoring``."""
         with torch.no_grad():
             result = encoder(
                 call.x,
@@ -46,24 +48,19 @@ class ReferenceBackend:
                 call.mask,
                 call.lengths,
                 call.options,
-                call.fusion,
-                call.padding,
-                call.order,
-                call.latest_k,
-                call.pool,
                 call.user_index,
             )
-            return call.out.copy_(result)
+            return call.new_output().copy_(result)
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
-        """Write ``call.out``."""
+        """Run the op ``linear``."""
         with torch.no_grad():
-            return call.out.copy_(linear(call.x, call.weights, call.options))
+            return linear(call.x, call.weights, call.options).contiguous()
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
-        """Write ``call.out``."""
+        """Run the op ``resilient_batch_norm``."""
         with torch.no_grad():
-            return call.out.copy_(resilient_batch_norm(*call[:6]))
+            return resilient_batch_norm(*call)
 
 
 def encoder(
@@ -73,24 +70,13 @@ def encoder(
     mask: Tensor | None,
     lengths: Tensor | None,
     options: EncoderOptions,
-    fusion: str,
-    padding: str,
-    order: str,
-    latest_k: int | None,
-    pool: str,
     user_index: Tensor | None = None,
 ) -> Tensor:
     """Evaluate `seqkernels.reference.encoder` in the dtype of x, whatever autocast says.
 
     With `user_index`, `seqkernels.reference.request_scoring`.
     """
-    chosen = options._asdict() | {
-        "fusion": fusion,
-        "padding": padding,
-        "order": order,
-        "latest_k": latest_k,
-        "pool": pool,
-    }
+    chosen = options._asdict()
     with torch.autocast(x.device.type, enabled=False):
         if user_index is None:
             return reference.encoder(x, candidate, weights, mask, lengths, **chosen)
@@ -106,9 +92,17 @@ def resilient_batch_norm(
     bias: Tensor | None,
     options: ResilientBatchNormOptions,
 ) -> Tensor:
-    """Evaluate `seqkernels.reference.resilient_batch_norm`, whatever autocast says."""
+    """Evaluate `seqkernels.reference.resilient_batch_norm`, whatever autocast says.
+
+    The result lies in memory as x does: channels closer than positions, or not.
+    """
+    limit = limit_of("resilient_batch_norm", options.max_abs)
+    chosen = options._replace(max_abs=limit)._asdict()
     with torch.autocast(x.device.type, enabled=False):
-        return reference.resilient_batch_norm(x, mean, var, weight, bias, **options._asdict())
+        result = reference.resilient_batch_norm(x, mean, var, weight, bias, **chosen)
+    if is_channels_last(x):
+        return result.transpose(1, 2).contiguous().transpose(1, 2)
+    return result.contiguous()
 
 
 def linear(x: Tensor, weights: Sequence[Tensor | None], options: LinearOptions) -> Tensor:

@@ -132,7 +132,7 @@ _native_hash: Callable[[list[int], list[int]], int] | None = getattr(
 )
 
 
-def _shares_storage(weight: Tensor) -> bool:
+def shares_storage(weight: Tensor) -> bool:
     """Whether its storage holds more than the weight."""
     return weight.untyped_storage().nbytes() != weight.numel() * weight.element_size()
 
@@ -166,7 +166,7 @@ class WeightSet:
         self._content = _content(present)
         # Held so that no other storage can come to lie at an address seen before.
         self._storages = [w.untyped_storage() for w in present]
-        self._watched = self._fingerprint is None or any(map(_shares_storage, present))
+        self._watched = self._fingerprint is None or any(map(shares_storage, present))
         self._derived: dict[Hashable, Any] = {}
         _watch_optimizers()
 
@@ -199,10 +199,13 @@ class PackedWeights:
     It holds the weights themselves, so that no other tensor can take the identity of one.
     """
 
-    __slots__ = ("_sets",)
+    __slots__ = ("_sets", "misses", "ready")
 
     def __init__(self) -> None:
         self._sets: dict[Hashable, tuple[list[Tensor | None], WeightSet]] = {}
+        # The module's, see nn/ready.py, and how often it was made since it was last of use.
+        self.ready: Any = None
+        self.misses = 0
 
     def lookup(self, layout: WeightLayout, weights: Weights, part: Hashable = None) -> WeightSet:
         """The `WeightSet` of these weights, new where they are new or have changed.
@@ -215,6 +218,7 @@ class PackedWeights:
         with _lock:
             kept = self._sets.get(part)
             if kept is None or not (_same(kept[0], weights) and kept[1].is_current(weights)):
+                self.ready = None
                 self._sets.pop(part, None)  # freed before its successor is made
                 kept = self._sets[part] = (list(weights), WeightSet(layout, weights))
         return kept[1]
@@ -222,6 +226,7 @@ class PackedWeights:
     def clear(self) -> None:
         """Drop everything; the next call packs again."""
         self._sets = {}
+        self.ready = None
 
 
 def _same(kept: list[Tensor | None], weights: Weights) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 from seqkernels.benchmark.workload import (
     Contestant,
     Model,
@@ -37,9 +37,9 @@ def chosen_isa(forced: str | None) -> str | None:
     Unavailable
         If another one than the one forced would be used.
     """
-    if cpu.native() is None:
+    if native_module.module is None:
         if forced is not None:
-            raise Unavailable(str(cpu.import_error))
+            raise Unavailable(str(native_module.import_error))
         return None
     with settings.override(isa=forced):
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import seqkernels
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 
 
 def _cpuinfo(key: str) -> str | None:
@@ -56,7 +56,7 @@ def machine_info() -> dict[str, object]:
     >>> machine_info()["seqkernels"] == seqkernels.__version__
     True
     """
-    native = cpu.native()
+    native = native_module.module
     table = cpu.isa_table()
     mhz = _cpuinfo("cpu MHz")
     model = tuple(_cpuinfo(key) for key in ("vendor_id", "cpu family", "model", "stepping"))
@@ -78,7 +78,7 @@ def machine_info() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "seqkernels": seqkernels.__version__,
-        "native_build": dict(native.build_info()) if native else cpu.import_error,
+        "native_build": dict(native.build_info()) if native else native_module.import_error,
         "torch": torch.__version__,
         "openvino": _version("openvino"),
         "gpu": _gpu(),

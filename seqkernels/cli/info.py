@@ -10,7 +10,7 @@ from rich.console import Console
 
 import seqkernels
 from seqkernels import backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 from seqkernels.backends.cuda import not_built_reason
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.tables import make
@@ -64,9 +64,9 @@ def _versions() -> list[tuple[str, ...]]:
 
 
 def _native_module() -> list[tuple[str, ...]]:
-    native = cpu.native()
+    native = native_module.module
     if native is None:
-        return [("built", "no usable module"), ("reason", cpu.import_error or "unknown")]
+        return [("built", "no usable module"), ("reason", native_module.import_error or "unknown")]
     return [
         ("built", "yes"),
         ("file", str(native.__file__)),
@@ -77,7 +77,7 @@ def _native_module() -> list[tuple[str, ...]]:
 
 
 def _instruction_sets() -> list[tuple[str, ...]]:
-    if cpu.native() is None:
+    if native_module.module is None:
         return [("(none)", "", "", "there is no native module")]
     try:
         return [
@@ -98,7 +98,7 @@ def _backends() -> list[tuple[str, ...]]:
     for device, dtype in _CASES:
         case = f"{device}, {str(dtype).removeprefix('torch.')}"
         try:
-            choice = backends.resolve("encoder", "auto", device, dtype)
+            choice = backends.resolve(backends.Problem("encoder", device, dtype), "auto")
         except (ValueError, BackendUnavailableError) as error:
             rows.append((case, "an error", "", str(error)))
             continue

@@ -12,6 +12,7 @@ from seqkernels import backends, ops
 from seqkernels.backends.encoder_weights import PER_LAYER
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner
+from seqkernels.nn.ready import keep
 from seqkernels.ops.encoder_checks import split_mask
 
 
@@ -39,26 +40,8 @@ def run_op(
             mask = mask.unsqueeze(0)
     else:
         x = src if r.batch_first or src.dim() != 3 else src.transpose(0, 1)
-    out = ops.apply_encoder(
-        module,
-        x,
-        None,
-        r.weights,
-        mask,
-        None,
-        r.nhead,
-        r.activation,
-        r.negative_slope,
-        r.norm_first,
-        r.eps,
-        r.final_eps,
-        "none",
-        padding,
-        "latest_first",
-        None,
-        "none",
-        module.backend,
-    )
+    options = r.options._replace(padding=padding)
+    out = ops.apply_encoder(module, x, None, r.weights, mask, None, options, module.backend)
     if not isinstance(out, Tensor):
         return out
     if torch.is_autocast_enabled(src.device.type):
@@ -66,6 +49,20 @@ def run_op(
     if unbatched:
         return out.squeeze(0)
     return out if r.batch_first else out.transpose(0, 1)
+
+
+def keep_encoder(module: EncoderModule, src: Tensor, r: read.Encoder, padding: str) -> None:
+    """After a call: let the next one on a batch go straight to the op."""
+    if src.dim() == 3:
+        options = r.options._replace(padding=padding)
+        keep(
+            module,
+            src,
+            module.modules(),
+            r.weights,
+            lambda: ops.native_encoder(module, r.weights, src.dtype, options, module.backend),
+            batch_first=r.batch_first,
+        )
 
 
 def _autocast_dtype(module: nn.Module, src: Tensor, r: read.Encoder) -> torch.dtype:
@@ -78,14 +75,14 @@ def _autocast_dtype(module: nn.Module, src: Tensor, r: read.Encoder) -> torch.dt
     kind = src.device.type
     first: Any = module.layers[0] if isinstance(module, nn.TransformerEncoder) else module
     if kind != "cpu":
-        ends_in_norm = not r.norm_first or len(r.weights) % PER_LAYER or r.norm_outside
+        ends_in_norm = not r.options.norm_first or len(r.weights) % PER_LAYER or r.norm_outside
         return torch.float32 if ends_in_norm else src.dtype
     fused = (
         torch.backends.mha.get_fastpath_enabled()
         and not torch.is_autocast_enabled("cuda")
         and src.dim() == 3
         and r.batch_first
-        and r.nhead % 2 == 0
+        and r.options.nhead % 2 == 0
         and bool(first.activation_relu_or_gelu)
         and r.weights[1] is not None
     )

@@ -15,8 +15,9 @@ from seqkernels.backends.weights import recheck_weights
 from seqkernels.nn import read
 from seqkernels.nn.linear import Linear
 from seqkernels.nn.owner import Owner
-from seqkernels.nn.resilient_batch_norm import ResilientBatchNorm1d
+from seqkernels.nn.resilient_batch_norm import ResilientBatchNorm1d, finite
 from seqkernels.ops.library import NEEDS_GRADIENT, is_eager, nobody_listens, records_gradients
+from seqkernels.options import LinearOptions, ResilientBatchNormOptions
 from seqkernels.reference.linear import ChannelNorm, fold_norm, fold_reasons
 from seqkernels.reference.resilient_batch_norm import activate
 
@@ -221,11 +222,14 @@ def channel_norm(norm: ResilientBatchNorm1d) -> ChannelNorm:
     return ChannelNorm(mean, var, norm.weight, norm.bias, norm.eps, norm.min_var, norm.max_abs)
 
 
-def _norm_arguments(norm: ResilientBatchNorm1d | None) -> tuple[list[Tensor | None], list[float]]:
+def _norm_arguments(
+    norm: ResilientBatchNorm1d | None,
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
     if norm is None:
-        return _NO_NORM, []
+        return _NO_NORM, ()
     tensors = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    return tensors, [norm.eps, norm.min_var, norm.max_abs]
+    bound = finite(norm.max_abs)
+    return tensors, (norm.eps, norm.min_var, *(() if bound is None else (bound,)))
 
 
 def _run(owner: FusedSequential, step: Step, x: Tensor) -> Tensor | Sequence[str]:
@@ -238,21 +242,12 @@ def _run(owner: FusedSequential, step: Step, x: Tensor) -> Tensor | Sequence[str
     behind, numbers = _norm_arguments(step.output_norm)
     if step.kind == "norm":
         norm: Any = step.output_norm
-        return ops.apply_resilient_batch_norm(x, *behind, *numbers, *activation, norm.backend)
+        return _apply_norm(x, behind, numbers, activation, norm)
     before, before_numbers = _norm_arguments(step.input_norm)
     weights = [linear.weight, linear.bias, *before, *behind]
     if step.kind != "torch":
-        return ops.apply_linear(
-            owner,
-            step.names,
-            x,
-            weights,
-            before_numbers,
-            numbers,
-            *activation,
-            linear.precision,
-            linear.backend,
-        )
+        options = LinearOptions(before_numbers, numbers, *activation, linear.precision)
+        return ops.apply_linear(owner, step.names, x, weights, options, linear.backend)
     return _torch_product(owner, x, weights, numbers, activation, step)
 
 
@@ -260,7 +255,7 @@ def _torch_product(
     owner: FusedSequential,
     x: Tensor,
     weights: list[Tensor | None],
-    numbers: list[float],
+    numbers: tuple[float, ...],
     activation: tuple[str, float],
     step: Step,
 ) -> Tensor | Sequence[str]:
@@ -275,7 +270,8 @@ def _torch_product(
         if records_gradients(x, *weights):
             recheck_weights()  # a step of an optimizer may follow
             return (NEEDS_GRADIENT,)
-        choice, _ = backends.choose("resilient_batch_norm", norm.backend, x.device.type, x.dtype)
+        problem = backends.Problem("resilient_batch_norm", x.device.type, x.dtype)
+        choice, _ = backends.choose(problem, norm.backend)
         declined = backends.declined(choice)
         if declined:
             return declined
@@ -285,9 +281,22 @@ def _torch_product(
         if isinstance(folded, tuple):
             return activate("linear", F.linear(x, *folded), *activation)
     y: Tensor = linear(x)
-    return ops.apply_resilient_batch_norm(
-        y, *weights[OUTPUT_NORM], *numbers, *activation, norm.backend
-    )
+    return _apply_norm(y, weights[OUTPUT_NORM], numbers, activation, norm)
+
+
+def _apply_norm(
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: tuple[float, ...],
+    activation: tuple[str, float],
+    norm: ResilientBatchNorm1d,
+) -> Tensor | Sequence[str]:
+    mean, var, weight, bias = tensors
+    assert mean is not None
+    assert var is not None
+    eps, min_var, *bound = numbers
+    options = ResilientBatchNormOptions(eps, min_var, bound[0] if bound else None, *activation)
+    return ops.apply_resilient_batch_norm(x, mean, var, weight, bias, options, norm.backend)
 
 
 def _fold(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
-from seqkernels.ops.linear import check_precision
+from seqkernels.nn.ready import keep, ready_for
+from seqkernels.options import PRECISIONS, LinearOptions, check_choice
 
 _NO_NORMS: list[Tensor | None] = [None] * 8
 
@@ -74,7 +75,7 @@ class Linear(Owner, nn.Linear):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"Linear: {name}: expected at least 1, got {value}")
-        check_precision("Linear", precision)
+        check_choice("Linear: precision", precision, PRECISIONS)
         backends.check_name(backend, "Linear: backend")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.precision, self.backend = precision, backend
@@ -94,7 +95,7 @@ class Linear(Owner, nn.Linear):
     @classmethod
     def _adopt(cls, module: nn.Module, backend: str, precision: str = "bf16") -> Self:
         """Turn this instance of torch's class, or of this one, into one with these options."""
-        check_precision("Linear", precision)
+        check_choice("Linear: precision", precision, PRECISIONS)
         backends.check_name(backend, "Linear: backend")
         module.__class__ = cls
         assert isinstance(module, cls)
@@ -108,6 +109,11 @@ class Linear(Owner, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Multiply [..., in_features] to [..., out_features]."""
+        ready = ready_for(self, input)
+        if ready is not None:
+            done = ready.run(input)
+            if done is not None:
+                return done
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
@@ -120,9 +126,16 @@ class Linear(Owner, nn.Linear):
         if self.precision == "fp32" and not input.is_cpu:
             return super().forward(input)
         weights = [self.weight, self.bias, *_NO_NORMS]
-        options = ("none", 0.01, self.precision, self.backend)
-        out = ops.apply_linear(self, None, input, weights, [], [], *options)
+        options = LinearOptions(precision=self.precision)
+        out = ops.apply_linear(self, None, input, weights, options, self.backend)
         if isinstance(out, Tensor):
+            keep(
+                self,
+                input,
+                (self,),
+                weights,
+                lambda: ops.native_linear(self, None, weights, input.dtype, options, self.backend),
+            )
             return out
         backends.report_fallback("linear", self.backend, list(out))
         return super().forward(input)

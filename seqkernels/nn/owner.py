@@ -36,7 +36,7 @@ class Owner(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch.nn; the packed weights are freed before a parameter moves."""
-        self.__dict__.pop("_packed_weights", None)
+        release(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,6 +49,13 @@ class Owner(nn.Module):
             f"torch.jit.script cannot compile seqkernels' {type(self).__name__}: call restore() on "
             "the report of swap first, or use torch.jit.trace or torch.export"
         )
+
+
+def release(module: nn.Module) -> None:
+    """Free what a module owns of packed weights."""
+    packed: PackedWeights | None = module.__dict__.pop("_packed_weights", None)
+    if packed is not None:
+        packed.clear()  # a snapshot refers to its owner
 
 
 def shallow_clone(module: _M) -> _M:

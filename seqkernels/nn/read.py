@@ -18,6 +18,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from seqkernels.backends.encoder_weights import LAYOUT
+from seqkernels.backends.problem import EncoderSize
+from seqkernels.options import EncoderOptions
 
 Weights = list[Tensor | None]
 
@@ -65,17 +67,23 @@ class Layer(NamedTuple):
     d_model: int
     dim_feedforward: int
 
+    def record(self, final_eps: float) -> EncoderOptions:
+        """As the op's options."""
+        return EncoderOptions(
+            nhead=self.nhead,
+            activation=self.activation[0],
+            negative_slope=self.activation[1],
+            norm_first=self.norm_first,
+            layer_norm_eps=self.eps,
+            final_norm_eps=final_eps,
+        )
+
 
 class Encoder(NamedTuple):
     """An encoder as arguments of the op."""
 
     weights: Weights
-    nhead: int
-    activation: str
-    negative_slope: float
-    norm_first: bool
-    eps: float
-    final_eps: float
+    options: EncoderOptions  # of the model; those of a call are the module's
     batch_first: bool
     norm_outside: bool  # the final norm is not in the weights: the module applies it itself
 
@@ -114,7 +122,8 @@ def activation_from_name(name: str) -> Callable[[Tensor], Tensor] | nn.Module:
     return made[name]()  # type: ignore[no-any-return]
 
 
-_watched: list[tuple[type[nn.Module], str, Any]] = []
+#: Methods that an op stands for: class, name, and the method, None if it was replaced already.
+watched: list[tuple[type[nn.Module], str, Any]] = []
 
 
 def watch(kind: type[nn.Module], *methods: str) -> None:
@@ -123,7 +132,7 @@ def watch(kind: type[nn.Module], *methods: str) -> None:
         method = getattr(kind, name)
         # One that is not torch's nor ours was replaced before this package was imported.
         known = method.__module__.partition(".")[0] in ("torch", "seqkernels")
-        _watched.append((kind, name, method if known else None))
+        watched.append((kind, name, method if known else None))
 
 
 for _kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoder):
@@ -131,14 +140,19 @@ for _kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.Tra
 watch(nn.TransformerEncoderLayer, "forward", *_BLOCKS)
 
 
+def watched_hooks() -> list[dict[Any, Any]]:
+    """The hooks of the whole process, which keep an op from standing for several modules."""
+    everywhere: Any = nn.modules.module
+    return [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+
+
 def process_reasons() -> list[str]:
     """Why no op may stand for several modules at present, whichever they are."""
     reasons = []
-    for kind, name, method in _watched:
+    for kind, name, method in watched:
         if getattr(kind, name) is not method:
             reasons.append(f"{kind.__name__}.{name} was replaced on the class")
-    everywhere = nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+    if any(watched_hooks()):
         reasons.append("global forward hooks are registered, which would not run for submodules")
     return reasons
 
@@ -361,16 +375,7 @@ def read_encoder(
         weights += (norm._parameters["weight"], norm._parameters["bias"])
         final_eps, outside = norm.eps, False
     reasons += weight_reasons(weights, LAYOUT.name)
-    return Encoder(
-        weights,
-        options.nhead,
-        *options.activation,
-        options.norm_first,
-        options.eps,
-        final_eps,
-        options.batch_first,
-        outside,
-    )
+    return Encoder(weights, options.record(final_eps), options.batch_first, outside)
 
 
 def read_single_layer(
@@ -384,13 +389,16 @@ def read_single_layer(
     if read is None:
         return None
     reasons += weight_reasons(weights, lambda i, n: LAYOUT.name(i, n).replace("layers.0", "layer"))
-    return Encoder(
-        weights,
-        read.nhead,
-        *read.activation,
-        read.norm_first,
-        read.eps,
-        read.eps,
-        read.batch_first,
-        False,
+    return Encoder(weights, read.record(read.eps), read.batch_first, False)
+
+
+def encoder_size(module: nn.Module) -> EncoderSize:
+    """The sizes of an encoder, torch's or one of this package."""
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    first = layers[0]
+    return EncoderSize(
+        first.self_attn.embed_dim,
+        first.self_attn.num_heads,
+        first.linear1.out_features,
+        len(layers),
     )

@@ -14,7 +14,9 @@ from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.batch_norm_health import BatchNormHealth, examine
 from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
-from seqkernels.ops.resilient_batch_norm import check_bounds, check_x
+from seqkernels.nn.ready import keep, ready_for
+from seqkernels.ops.resilient_batch_norm import check_x
+from seqkernels.options import ResilientBatchNormOptions, check_bounds
 from seqkernels.reference import resilient_batch_norm as reference
 from seqkernels.reference.resilient_batch_norm import batch_statistics, is_bounded
 
@@ -163,6 +165,11 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize [N, C] or [N, C, L]; what was a ``SyncBatchNorm`` takes [N, C, *]."""
+        ready = ready_for(self, input)
+        if ready is not None:
+            done = ready.run(input)
+            if done is not None:
+                return done
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
@@ -171,20 +178,17 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
         if not self.training and not read.wants_plain_operations():
             mean, var = self.running_mean, self.running_var
             if mean is not None and var is not None:
-                out = ops.apply_resilient_batch_norm(
-                    input,
-                    mean,
-                    var,
-                    self.weight,
-                    self.bias,
-                    self.eps,
-                    self.min_var,
-                    self.max_abs,
-                    "none",
-                    0.01,
-                    self.backend,
-                )
+                options = ResilientBatchNormOptions(self.eps, self.min_var, finite(self.max_abs))
+                tensors = (mean, var, self.weight, self.bias)
+                out = ops.apply_resilient_batch_norm(input, *tensors, options, self.backend)
                 if isinstance(out, Tensor):
+                    keep(
+                        self,
+                        input,
+                        (self,),
+                        tensors,
+                        lambda: ops.native_norm(tensors, input.dtype, options, self.backend),
+                    )
                     return out
                 backends.report_fallback("resilient_batch_norm", self.backend, list(out))
                 return super().forward(input)
@@ -282,6 +286,11 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
             return tensor.to(made.device, torch.float32)
 
         return super()._apply(keep, recurse)
+
+
+def finite(max_abs: float) -> float | None:
+    """A module's bound as the ops take it."""
+    return None if max_abs == math.inf else max_abs
 
 
 #: What is adopted: exactly one of these.

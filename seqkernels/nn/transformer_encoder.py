@@ -15,11 +15,13 @@ from seqkernels.nn.encoder_module import (
     check_options,
     fill_padding,
     ignored_or_bias,
+    keep_encoder,
     run_op,
     same_kind,
     where_finite,
 )
 from seqkernels.nn.owner import as_fx_leaf, shallow_clone
+from seqkernels.nn.ready import ready_for
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES, TransformerEncoderLayer
 from seqkernels.ops.encoder_checks import pads_at_end_only, split_mask
 from seqkernels.ops.library import is_eager, is_exporting
@@ -157,6 +159,11 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """Run the encoder; arguments and result as in ``torch.nn.TransformerEncoder``."""
+        if mask is None and not is_causal:
+            ready = ready_for(self, src)
+            done = None if ready is None else ready.encode(src, src_key_padding_mask)
+            if done is not None:
+                return done
         node = as_fx_leaf(self, src, mask, src_key_padding_mask, is_causal)
         if node is not None:
             return node  # type: ignore[no-any-return]
@@ -167,8 +174,11 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
             if now is None or why:
                 reasons = why
             else:
-                out = run_op(self, src, src_key_padding_mask, now, self._padding(src, mask))
+                padding = self._padding(src, mask)
+                out = run_op(self, src, src_key_padding_mask, now, padding)
                 if isinstance(out, Tensor):
+                    if not now.norm_outside:
+                        keep_encoder(self, src, now, padding)
                     return self.norm(out) if now.norm_outside else out  # type: ignore[misc]
                 reasons = out
         if src.is_nested:

@@ -16,13 +16,15 @@ from seqkernels.nn.encoder_module import (
     check_options,
     fill_padding,
     ignored_or_bias,
+    keep_encoder,
     run_op,
     same_kind,
     where_finite,
 )
 from seqkernels.nn.owner import as_fx_leaf, shallow_clone
-from seqkernels.ops.encoder_checks import check_heads
+from seqkernels.nn.ready import ready_for
 from seqkernels.ops.library import is_eager
+from seqkernels.options import check_heads
 
 _PADDED_OUTPUT = ("compute", "zero")
 
@@ -155,6 +157,11 @@ device, dtype
         is_causal: bool = False,
     ) -> Tensor:
         """Run the layer; arguments and result as in ``torch.nn.TransformerEncoderLayer``."""
+        if src_mask is None and not is_causal:
+            ready = ready_for(self, src)
+            done = None if ready is None else ready.encode(src, src_key_padding_mask)
+            if done is not None:
+                return done
         node = as_fx_leaf(self, src, src_mask, src_key_padding_mask, is_causal)
         if node is not None:
             return node  # type: ignore[no-any-return]
@@ -167,6 +174,7 @@ device, dtype
             else:
                 out = run_op(self, src, src_key_padding_mask, now, self.padded_output)
                 if isinstance(out, Tensor):
+                    keep_encoder(self, src, now, self.padded_output)
                     return out
                 reasons = out
         if src.is_nested:

@@ -12,15 +12,16 @@ from torch.nn import functional as F
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner, as_fx_leaf
+from seqkernels.nn.ready import keep, ready_for
 from seqkernels.nn.transformer_encoder import TransformerEncoder
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES, TransformerEncoderLayer
 from seqkernels.ops.encoder_checks import (
     check_inputs,
-    check_summary,
     ignored_by_lengths,
     split_mask,
 )
 from seqkernels.ops.request_scoring import check_user_index
+from seqkernels.options import EncoderOptions
 from seqkernels.reference.encoder import fuse, summarize
 
 
@@ -112,7 +113,14 @@ class UserSequenceEncoder(Owner):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_summary(fusion, pool_padding, order, latest_k, pool)
+        EncoderOptions(
+            nhead=1,
+            fusion=fusion,
+            padding=pool_padding,
+            order=order,
+            latest_k=latest_k,
+            pool=pool,
+        ).check(d_model=1)
         expected = {"none": 0, "append": event_dim}.get(fusion, candidate_dim)
         if candidate_dim != expected or candidate_dim < 0:
             raise ValueError(
@@ -198,6 +206,11 @@ class UserSequenceEncoder(Owner):
             [B, out_dim], or [B, L', D] with ``latest_k=None`` (L' = L + 1 with
             ``fusion="append"``), in the dtype of `events`.
         """
+        ready = ready_for(self, events)
+        if ready is not None:
+            done = ready.summarize(events, candidate, None, key_padding_mask, lengths)
+            if done is not None:
+                return done
         node = as_fx_leaf(self, events, candidate, key_padding_mask, lengths)
         if node is not None:
             return node  # type: ignore[no-any-return]
@@ -210,13 +223,15 @@ class UserSequenceEncoder(Owner):
                 now.weights,
                 key_padding_mask,
                 lengths,
-                *self._options(now),
             )
-            out = ops.apply_encoder(self, *arguments)
+            options = self._options(now)
+            out = ops.apply_encoder(self, *arguments, options, self.backend)
             if isinstance(out, Tensor):
+                self._keep(events, now.weights, options)
                 return out
             if split_mask(key_padding_mask).bias is not None:
-                return ops.encoder(*arguments)  # torch's fused layer takes a bias for a bool mask
+                # torch's fused layer takes a bias for a bool mask.
+                return ops.encoder(*arguments, *options, self.backend)
             reasons = out
         self._report("encoder", reasons)
         return self._definition(events, candidate, key_padding_mask, lengths)
@@ -280,6 +295,12 @@ class UserSequenceEncoder(Owner):
                 "request_scoring: fusion: expected 'concat' or 'append': with 'none' the result is "
                 "the same for all candidates"
             )
+        if user_index is not None:
+            ready = ready_for(self, events)
+            if ready is not None:
+                done = ready.summarize(events, candidates, user_index, key_padding_mask, lengths)
+                if done is not None:
+                    return done
         if user_index is None:
             if events.shape[0] != 1:
                 raise ValueError(
@@ -299,13 +320,14 @@ class UserSequenceEncoder(Owner):
                 now.weights,
                 key_padding_mask,
                 lengths,
-                *self._options(now),
             )
-            out = ops.apply_request_scoring(self, *arguments)
+            options = self._options(now)
+            out = ops.apply_request_scoring(self, *arguments, options, self.backend)
             if isinstance(out, Tensor):
+                self._keep(events, now.weights, options)
                 return out
             if split_mask(key_padding_mask).bias is not None:
-                return ops.request_scoring(*arguments)
+                return ops.request_scoring(*arguments, *options, self.backend)
             reasons = out
         self._report("request_scoring", reasons)
         check_user_index(user_index, events.shape[0])
@@ -314,6 +336,16 @@ class UserSequenceEncoder(Owner):
             candidates,
             None if key_padding_mask is None else key_padding_mask[user_index],
             None if lengths is None else lengths[user_index],
+        )
+
+    def _keep(self, events: Tensor, weights: read.Weights, options: EncoderOptions) -> None:
+        dtype, backend = events.dtype, self.backend
+        keep(
+            self,
+            events,
+            self.modules(),
+            weights,
+            lambda: ops.native_encoder(self, weights, dtype, options, backend),
         )
 
     def _read(self, reasons: list[str], *, any_mode: bool = False) -> read.Encoder | None:
@@ -331,21 +363,14 @@ class UserSequenceEncoder(Owner):
             reasons += read.module_reasons(norm, "encoder.norm") or [f"encoder.norm is a {kind}"]
         return None if reasons else now
 
-    def _options(self, now: read.Encoder) -> tuple[Any, ...]:
-        """What both ops take behind their tensors."""
-        return (
-            now.nhead,
-            now.activation,
-            now.negative_slope,
-            now.norm_first,
-            now.eps,
-            now.final_eps,
-            self.fusion,
-            self.pool_padding,
-            self.order,
-            self.latest_k,
-            self.pool,
-            self.backend,
+    def _options(self, now: read.Encoder) -> EncoderOptions:
+        """The options of both ops."""
+        return now.options._replace(
+            fusion=self.fusion,
+            padding=self.pool_padding,
+            order=self.order,
+            latest_k=self.latest_k,
+            pool=self.pool,
         )
 
     def _report(self, op: str, reasons: Sequence[str]) -> None:

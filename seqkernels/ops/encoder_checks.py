@@ -8,89 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqkernels.backends.call import EncoderOptions
-from seqkernels.ops.library import check_finite, is_transformed
+from seqkernels.ops.library import is_transformed
+from seqkernels.options import EncoderOptions
 from seqkernels.reference.encoder import IGNORED_BELOW
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "activation": ("relu", "gelu", "gelu_tanh", "leaky_relu"),
-    "fusion": ("none", "concat", "append"),
-    "padding": ("zero", "compute", "exclude", "stock"),
-    "order": ("latest_first", "latest_last"),
-    "pool": ("none", "max"),
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LENGTH_DTYPES = (torch.int64, torch.int32)
 
 
-def check_choice(argument: str, value: str) -> None:
-    """Raise ValueError unless `value` is a legal value of this string argument."""
-    if value not in _CHOICES[argument]:
-        raise ValueError(
-            f"encoder: {argument}: expected one of {', '.join(_CHOICES[argument])}, got {value!r}"
-        )
-
-
-def check_heads(d_model: int, nhead: int) -> None:
-    """Raise ValueError unless `nhead` divides `d_model`."""
-    if nhead < 1 or d_model % nhead:
-        raise ValueError(f"encoder: nhead: expected a divisor of d_model = {d_model}, got {nhead}")
-
-
-def check_summary(fusion: str, padding: str, order: str, latest_k: int | None, pool: str) -> None:
-    """Raise ValueError for a combination of options that has no meaning."""
-    check_choice("fusion", fusion)
-    check_choice("padding", padding)
-    check_choice("order", order)
-    check_choice("pool", pool)
-    if latest_k is None:
-        if pool != "none":
-            raise ValueError(f"encoder: pool: expected 'none' without latest_k, got {pool!r}")
-    elif latest_k < (pool == "none"):
-        low = int(pool == "none")
-        raise ValueError(
-            f"encoder: latest_k: expected at least {low} with pool={pool!r}, got {latest_k}"
-        )
-    if padding == "exclude" and pool != "max":
-        raise ValueError(f"encoder: padding: 'exclude' needs pool='max', got pool={pool!r}")
-    if padding == "stock" and (fusion != "none" or latest_k is not None):
-        raise ValueError(
-            "encoder: padding: 'stock' needs fusion='none' and latest_k=None, "
-            f"got fusion={fusion!r} and latest_k={latest_k}"
-        )
-
-
-def check_options(
-    d_model: int,
-    nhead: int,
-    activation: str,
-    negative_slope: float,
-    norm_first: bool,
-    layer_norm_eps: float,
-    final_norm_eps: float,
-    fusion: str,
-    padding: str,
-    order: str,
-    latest_k: int | None,
-    pool: str,
-) -> EncoderOptions:
-    """Check everything that is no tensor."""
-    check_heads(d_model, nhead)
-    check_choice("activation", activation)
-    check_summary(fusion, padding, order, latest_k, pool)
-    check_finite(
-        "encoder",
-        negative_slope=negative_slope,
-        layer_norm_eps=layer_norm_eps,
-        final_norm_eps=final_norm_eps,
-    )
-    return EncoderOptions(
-        nhead, activation, negative_slope, norm_first, layer_norm_eps, final_norm_eps
-    )
-
-
-# A model brings the same ones on every call.
-checked_options = lru_cache(maxsize=256)(check_options)
+@lru_cache(maxsize=256)  # a model brings the same ones on every call
+def checked_options(options: EncoderOptions, d_model: int) -> EncoderOptions:
+    """The options, once they are checked."""
+    return options.check(d_model)
 
 
 class Names(NamedTuple):

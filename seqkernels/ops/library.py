@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from seqkernels.options import SCHEMAS
+
 NAMESPACE = "seqkernels"
 
 #: Kept for the life of the process: the ops vanish with it.
 LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+
+
+def define(op: str) -> None:
+    """Let torch know the op's schema."""
+    LIBRARY.define(f"{op}{SCHEMAS[op]}", tags=(torch.Tag.pt2_compliant_tag,))
+
 
 # Older versions of torch do not have it.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -37,13 +44,6 @@ NEEDS_GRADIENT = (
     "gradients are to be recorded (grad mode is on and an input or a weight requires grad, or one "
     "has a forward-mode tangent); call it under torch.inference_mode() or torch.no_grad()"
 )
-
-
-def check_finite(op: str, **arguments: float) -> None:
-    """Raise ValueError for a number that no exported package could hold."""
-    for name, value in arguments.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{op}: {name}: expected a finite number, got {value}")
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:

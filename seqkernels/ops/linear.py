@@ -11,94 +11,45 @@ definition instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
-from seqkernels.backends.call import LinearCall, LinearOptions
+from seqkernels.backends.call import LinearCall
 from seqkernels.backends.linear_weights import LAYOUT, LinearShape, read_shape
+from seqkernels.backends.problem import Problem
 from seqkernels.backends.weights import Owner, WeightSet, lookup, owned_by, recheck_weights
 from seqkernels.ops.library import (
     LIBRARY,
     NAMESPACE,
     NEEDS_GRADIENT,
-    check_finite,
+    define,
     is_eager,
     is_exporting,
     nobody_listens,
     records_gradients,
     register_vmap,
 )
-from seqkernels.ops.resilient_batch_norm import check_bounds, limit_of
-from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
+from seqkernels.options import LinearOptions
 
 _OP = "linear"
-#: What the operands of the product are rounded to: bf16 where the processor multiplies it (the
-#: weights everywhere), or nothing.
-PRECISIONS = ("bf16", "fp32")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# weights: weight, bias, then mean, var, weight, bias of the norm in front and of the one behind
-# (None where there is none); input_norm, output_norm: eps, min_var and, if there is a bound,
-# max_abs; or nothing.
-LIBRARY.define(
-    "linear(Tensor x, Tensor?[] weights, float[] input_norm, float[] output_norm, "
-    "str activation, float negative_slope, str precision, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
-def _check_options(
-    shape: LinearShape,
-    input_norm: tuple[float, ...],
-    output_norm: tuple[float, ...],
-    activation: str,
-    negative_slope: float,
-    precision: str,
-) -> LinearOptions:
-    """Check everything that is no tensor."""
-    norms = (
-        _norm_numbers("input_norm", input_norm, shape.has_input_norm),
-        _norm_numbers("output_norm", output_norm, shape.has_output_norm),
-    )
-    check_finite(_OP, negative_slope=negative_slope)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{_OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-    check_precision(_OP, precision)
-    return LinearOptions(*norms, activation, negative_slope, precision)
+@lru_cache(maxsize=1024)  # a model brings the same ones on every call
+def _checked_options(options: LinearOptions, shape: LinearShape) -> LinearOptions:
+    return options.check(shape.has_input_norm, shape.has_output_norm)
 
 
-def check_precision(name: str, precision: str) -> None:
-    """Raise ValueError, in the name of the caller, for a precision that is none."""
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"{name}: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
-        )
-
-
-def _norm_numbers(name: str, numbers: tuple[float, ...], there: bool) -> tuple[float, ...]:
-    """Check a norm's numbers; eps, min_var and max_abs, infinite without a bound, or nothing."""
-    if len(numbers) not in ((2, 3) if there else (0,)):
-        expected = "(eps, min_var)" if there else "nothing, as its tensors are None"
-        more = " or (eps, min_var, max_abs)" if there else ""
-        raise ValueError(f"{_OP}: {name}: expected {expected}{more}, got {numbers}")
-    if not there:
-        return ()
-    eps, min_var, *bound = numbers
-    limit = limit_of(f"{_OP}: {name}", bound[0] if bound else None)
-    check_bounds(f"{_OP}: {name}", eps, min_var, limit)
-    return eps, min_var, limit
-
-
-# A model brings the same ones on every call.
-_checked_options = lru_cache(maxsize=1024)(_check_options)
+def _options_of(arguments: Sequence[Any]) -> LinearOptions:
+    """The record from the op's arguments, whose lists are made tuples."""
+    input_norm, output_norm, *others = arguments
+    return LinearOptions(tuple(input_norm), tuple(output_norm), *others)
 
 
 def _check_x(x: Tensor, shape: LinearShape) -> None:
@@ -113,110 +64,68 @@ def _check_x(x: Tensor, shape: LinearShape) -> None:
         raise ValueError(f"{_OP}: x: expected device {shape.device} of weights, got {x.device}")
 
 
-def _run(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    input_norm: Sequence[float],
-    output_norm: Sequence[float],
-    *options: Any,
-) -> Tensor:
-    weight_set = lookup(LAYOUT, weights)
-    checked = _check(weight_set, x, input_norm, output_norm, *options)
-    return _execute(weight_set, *checked, x, weights)
+class Checked(NamedTuple):
+    """A call whose arguments are legal, and what will run it."""
+
+    weight_set: WeightSet
+    choice: backends.Choice
+    label: str
 
 
-def _check(
-    weight_set: WeightSet,
-    x: Tensor,
-    input_norm: Sequence[float],
-    output_norm: Sequence[float],
-    activation: str,
-    negative_slope: float,
-    precision: str,
-    backend: str,
-) -> tuple[LinearOptions, backends.Choice, str]:
+def _check(weight_set: WeightSet, x: Tensor, options: LinearOptions, backend: str) -> Checked:
     shape: LinearShape = weight_set.shape
-    options = _checked_options(
-        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope, precision
-    )
+    _checked_options(options, shape)
     _check_x(x, shape)
-    return options, *backends.choose(_OP, backend, shape.device.type, x.dtype)
+    choice = backends.choose(Problem(_OP, shape.device.type, x.dtype), backend)
+    return Checked(weight_set, *choice)
 
 
 def _execute(
-    weight_set: WeightSet,
-    options: LinearOptions,
-    choice: backends.Choice,
-    label: str,
-    x: Tensor,
-    weights: Sequence[Tensor | None],
+    checked: Checked, x: Tensor, weights: Sequence[Tensor | None], options: LinearOptions
 ) -> Tensor:
-    shape: LinearShape = weight_set.shape
-    out = x.new_empty((*x.shape[:-1], shape.out_features))
-    if not out.numel():
-        return out
-    rows = x if x.dim() == 2 else x.reshape(-1, shape.in_features)  # [N, K]
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    call = LinearCall(rows, weights, weight_set, options, out.view(-1, shape.out_features))
-    choice.backend.linear(call, choice.variant)
-    backends.calls[label] += 1
-    return out
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], checked.weight_set.shape.out_features))
+    call = LinearCall(x, weights, checked.weight_set, options)
+    result = checked.choice.backend.linear(call, checked.choice.variant)
+    backends.calls[checked.label] += 1
+    return result
 
 
-def _fake(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    input_norm: Sequence[float],
-    output_norm: Sequence[float],
-    activation: str,
-    negative_slope: float,
-    precision: str,
-    backend: str,
-) -> Tensor:
+def _run(x: Tensor, weights: Sequence[Tensor | None], *arguments: Any) -> Tensor:
+    options = _options_of(arguments[:-1])
+    checked = _check(lookup(LAYOUT, weights), x, options, arguments[-1])
+    return _execute(checked, x, weights, options)
+
+
+def _fake(x: Tensor, weights: Sequence[Tensor | None], *arguments: Any) -> Tensor:
     """The checks of `_run`, and an empty output like its."""
     shape = read_shape(weights)
-    _check_options(
-        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope, precision
-    )
+    _options_of(arguments[:-1]).check(shape.has_input_norm, shape.has_output_norm)
     _check_x(x, shape)
-    backends.check_name(backend, f"{_OP}: backend")
+    backends.check_name(arguments[-1], f"{_OP}: backend")
     return x.new_empty((*x.shape[:-1], shape.out_features))
 
 
-def _autograd(x: Tensor, weights: Sequence[Tensor | None], *options: Any) -> Tensor:
+def _autograd(x: Tensor, weights: Sequence[Tensor | None], *arguments: Any) -> Tensor:
     if records_gradients(x, *weights):
-        return _differentiable(x, weights, *options)
+        return _differentiable(x, weights, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return linear(x, weights, *options)
+        return linear(x, weights, *arguments)
 
 
-def _differentiable(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    input_norm: Sequence[float],
-    output_norm: Sequence[float],
-    activation: str,
-    negative_slope: float,
-    precision: str,
-    backend: str,
-) -> Tensor:
+def _differentiable(x: Tensor, weights: Sequence[Tensor | None], *arguments: Any) -> Tensor:
     """The reference definition, checked like `_run`."""
-    shape = read_shape(weights)
-    options = _check_options(
-        shape, tuple(input_norm), tuple(output_norm), activation, negative_slope, precision
-    )
-    _check_x(x, shape)
-    backends.check_name(backend, f"{_OP}: backend")
+    _fake(x.detach(), weights, *arguments)
     recheck_weights()  # a step of an optimizer may follow, and fused ones are not counted
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
-        backends.report_fallback(_OP, backend, [NEEDS_GRADIENT])
-    result = reference_backend.linear(x, weights, options)
+        backends.report_fallback(_OP, arguments[-1], [NEEDS_GRADIENT])
+    result = reference_backend.linear(x, weights, _options_of(arguments[:-1]))
     if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         backends.calls["reference"] += 1
     return result.contiguous()
 
 
+define(_OP)
 LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
 LIBRARY.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
@@ -231,31 +140,45 @@ def apply_linear(
     part: Hashable,
     x: Tensor,
     weights: Sequence[Tensor | None],
-    input_norm: Sequence[float],
-    output_norm: Sequence[float],
-    *options: Any,
+    options: LinearOptions,
+    backend: str,
 ) -> Tensor | Sequence[str]:
     """The op as the module calls it that owns the weights, or why torch's modules are faster.
 
-    `part` tells the calls of a module apart. Here each norm has the modules' three numbers:
-    ``max_abs`` is infinite without a bound. The result has the dtype that torch's product has under
-    autocast.
+    `part` tells the calls of a module apart. The result has the dtype that torch's product has
+    under autocast.
     """
-    norms = _finite(input_norm), _finite(output_norm)
     if not is_eager(x):
-        return _as_autocast(linear(x, weights, *norms, *options))
+        return _as_autocast(linear(x, weights, *options, backend))
     weight_set = owner._packed.lookup(LAYOUT, weights, part)
-    checked = _check(weight_set, x, *norms, *options)
-    declined = backends.declined(checked[1])
+    checked = _check(weight_set, x, options, backend)
+    declined = backends.declined(checked.choice)
     if declined:
         return declined
     if nobody_listens(x):
-        return _as_autocast(_execute(weight_set, *checked, x, weights))
+        return _as_autocast(_execute(checked, x, weights, options))
     if records_gradients(x, *weights):
         recheck_weights()
         return (NEEDS_GRADIENT,)
     with owned_by(owner._packed, part):
-        return _as_autocast(linear(x, weights, *norms, *options))
+        return _as_autocast(linear(x, weights, *options, backend))
+
+
+def native_linear(
+    owner: Owner,
+    part: Hashable,
+    weights: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    options: LinearOptions,
+    backend: str,
+) -> backends.Native | None:
+    """The native kernel of a module's calls with its packed weights, if one runs on the CPU."""
+    weight_set = owner._packed.lookup(LAYOUT, weights, part)
+    choice, label = backends.choose(Problem(_OP, weight_set.shape.device.type, dtype), backend)
+    if not isinstance(choice.backend, backends.CpuBackend):
+        return None
+    packed = choice.backend.packed_linear(weight_set, weights, options, choice.variant)
+    return backends.Native(choice.backend.ops.linear_packed.default, packed, label)
 
 
 def _as_autocast(out: Tensor) -> Tensor:
@@ -263,8 +186,3 @@ def _as_autocast(out: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and out.dtype is not torch.float64:
         return out.to(torch.get_autocast_dtype(kind))
     return out
-
-
-def _finite(numbers: Sequence[float]) -> Sequence[float]:
-    """A norm's numbers as the op takes them."""
-    return numbers[:2] if numbers and numbers[2] == math.inf else numbers

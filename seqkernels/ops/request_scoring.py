@@ -19,10 +19,10 @@ from torch import Tensor
 
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
-from seqkernels.backends.call import EncoderCall, EncoderOptions
+from seqkernels.backends.call import EncoderCall, new_encoder_output
 from seqkernels.backends.encoder_weights import LAYOUT, EncoderShape, read_shape
 from seqkernels.backends.weights import Owner, WeightSet, lookup, owned_by, recheck_weights
-from seqkernels.ops.encoder import HAS_BIAS, Checked, choose, of_mask
+from seqkernels.ops.encoder import HAS_BIAS, Checked, choose, execute, problem_of
 from seqkernels.ops.encoder_checks import (
     Names,
     check_candidate,
@@ -30,7 +30,6 @@ from seqkernels.ops.encoder_checks import (
     check_is_dense,
     check_is_tensor,
     check_lengths,
-    check_options,
     check_validity,
     checked_options,
     ignored_by_lengths,
@@ -40,24 +39,18 @@ from seqkernels.ops.library import (
     LIBRARY,
     NAMESPACE,
     NEEDS_GRADIENT,
+    define,
     is_eager,
     is_exporting,
     nobody_listens,
     records_gradients,
     register_vmap,
 )
+from seqkernels.options import EncoderOptions
 
 _OP = "request_scoring"
 _NAMES = Names(_OP, "events", "candidates", "U")
 _INDEX_DTYPES = (torch.int64, torch.int32)
-
-LIBRARY.define(
-    "request_scoring(Tensor events, Tensor candidates, Tensor user_index, Tensor?[] weights, "
-    "Tensor? key_padding_mask, Tensor? lengths, int nhead, str activation, float negative_slope, "
-    "bool norm_first, float layer_norm_eps, float final_norm_eps, str fusion, str padding, "
-    "str order, int? latest_k, str pool, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _check_inputs(
@@ -106,16 +99,6 @@ def check_user_index(user_index: Tensor, users: int) -> None:
             )
 
 
-def _new_output(
-    events: Tensor, candidates: Tensor, d_model: int, fusion: str, latest_k: int | None, pool: str
-) -> Tensor:
-    """The output, not filled."""
-    count, length = candidates.shape[0], events.shape[1]
-    if latest_k is not None:
-        return events.new_empty((count, (latest_k + (pool == "max")) * d_model))
-    return events.new_empty((count, length + 1 if fusion == "append" else length, d_model))
-
-
 def _check(
     weight_set: WeightSet,
     events: Tensor,
@@ -123,18 +106,17 @@ def _check(
     user_index: Tensor,
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    *options: Any,
+    options: EncoderOptions,
+    backend: str,
 ) -> Checked:
     shape: EncoderShape = weight_set.shape
-    *of_encoder, backend = options
-    chosen = checked_options(shape.d_model, *of_encoder)
-    fusion = of_encoder[6]
-    _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
-    choice = choose(_OP, backend, events.dtype, weight_set, chosen.nhead)
+    checked_options(options, shape.d_model)
+    _check_inputs(events, candidates, user_index, key_padding_mask, lengths, options.fusion, shape)
     check_user_index(user_index, events.shape[0])
     if lengths is not None:
         check_lengths(lengths, events.shape[1], _OP)
-    return of_mask(Checked(weight_set, chosen, key_padding_mask, *choice), _OP)
+    problem = problem_of(_OP, events.dtype, weight_set, options)
+    return choose(problem, backend, weight_set, key_padding_mask)
 
 
 def _execute(
@@ -144,32 +126,19 @@ def _execute(
     user_index: Tensor,
     weights: Sequence[Tensor | None],
     lengths: Tensor | None,
-    *options: Any,
+    options: EncoderOptions,
 ) -> Tensor:
-    *_, fusion, padding, order, latest_k, pool, _ = options
-    d_model = checked.weight_set.shape.d_model
-    out = _new_output(events, candidates, d_model, fusion, latest_k, pool)
-    if not out.numel() or not (events.shape[1] or fusion == "append"):
-        return out.zero_()  # no candidates, or users without events
     call = EncoderCall(
-        events if events.stride(2) == 1 else events.contiguous(),
-        candidates if candidates.stride(1) == 1 else candidates.contiguous(),
+        events,
+        candidates,
         weights,
         checked.weight_set,
         checked.mask,
-        None if lengths is None else lengths.to(torch.int64).contiguous(),
-        checked.options,
-        fusion,
-        padding,
-        order,
-        latest_k,
-        pool,
-        out,
-        user_index.to(torch.int64).contiguous(),
+        lengths,
+        options,
+        user_index,
     )
-    result = checked.choice.backend.encoder(call, checked.choice.variant)
-    backends.calls[checked.label] += 1
-    return result
+    return execute(checked, call)
 
 
 def _run(
@@ -179,15 +148,16 @@ def _run(
     weights: Sequence[Tensor | None],
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:
+    options, backend = EncoderOptions(*arguments[:-1]), arguments[-1]
     weight_set = lookup(LAYOUT, weights)
     checked = _check(
-        weight_set, events, candidates, user_index, key_padding_mask, lengths, *options
+        weight_set, events, candidates, user_index, key_padding_mask, lengths, options, backend
     )
     if checked.only_reference == (HAS_BIAS,):
-        backends.report_fallback(_OP, options[-1], checked.only_reference)
-    return _execute(checked, events, candidates, user_index, weights, lengths, *options)
+        backends.report_fallback(_OP, backend, checked.only_reference)
+    return _execute(checked, events, candidates, user_index, weights, lengths, options)
 
 
 def _fake(
@@ -197,16 +167,14 @@ def _fake(
     weights: Sequence[Tensor | None],
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:
     """The checks of `_run` that need no values, and an empty output like its."""
     shape = read_shape(weights)
-    *of_encoder, backend = options
-    check_options(shape.d_model, *of_encoder)
-    *_, fusion, _, _, latest_k, pool = of_encoder
-    _check_inputs(events, candidates, user_index, key_padding_mask, lengths, fusion, shape)
-    backends.check_name(backend, f"{_OP}: backend")
-    return _new_output(events, candidates, shape.d_model, fusion, latest_k, pool)
+    options = EncoderOptions(*arguments[:-1]).check(shape.d_model)
+    _check_inputs(events, candidates, user_index, key_padding_mask, lengths, options.fusion, shape)
+    backends.check_name(arguments[-1], f"{_OP}: backend")
+    return new_encoder_output(events, shape.d_model, options, candidates.shape[0])
 
 
 def _autograd(
@@ -229,42 +197,24 @@ def _differentiable(
     weights: Sequence[Tensor | None],
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:
     """The reference definition, checked like `_run`."""
-    _fake(
-        events.detach(),
-        candidates.detach(),
-        user_index,
-        weights,
-        key_padding_mask,
-        lengths,
-        *options,
-    )
+    tensors = (user_index, weights, key_padding_mask, lengths)
+    _fake(events.detach(), candidates.detach(), *tensors, *arguments)
     check_user_index(user_index, events.shape[0])
     recheck_weights()  # a step of an optimizer may follow, and fused ones are not counted
-    *of_encoder, fusion, padding, order, latest_k, pool, backend = options
+    options, backend = EncoderOptions(*arguments[:-1]), arguments[-1]
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
         backends.report_fallback(_OP, backend, [NEEDS_GRADIENT])
-    result = reference_backend.encoder(
-        events,
-        candidates,
-        weights,
-        key_padding_mask if lengths is None else ignored_by_lengths(events, lengths),
-        None,
-        EncoderOptions(*of_encoder),
-        fusion,
-        padding,
-        order,
-        latest_k,
-        pool,
-        user_index,
-    )
+    mask = key_padding_mask if lengths is None else ignored_by_lengths(events, lengths)
+    result = reference_backend.encoder(events, candidates, weights, mask, None, options, user_index)
     if is_plain(events):
         backends.calls["reference"] += 1
     return result.contiguous()
 
 
+define(_OP)
 LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
 LIBRARY.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
@@ -282,21 +232,22 @@ def apply_request_scoring(
     weights: Sequence[Tensor | None],
     key_padding_mask: Tensor | None,
     lengths: Tensor | None,
-    *options: Any,
+    options: EncoderOptions,
+    backend: str,
 ) -> Tensor | Sequence[str]:
     """The op as the module calls it that owns the weights; see `apply_encoder`."""
     arguments = (events, candidates, user_index)
     if not is_eager(events):
         check_is_dense(events, _NAMES)
-        return request_scoring(*arguments, weights, key_padding_mask, lengths, *options)
+        return request_scoring(*arguments, weights, key_padding_mask, lengths, *options, backend)
     weight_set = owner._packed.lookup(LAYOUT, weights)
-    checked = _check(weight_set, *arguments, key_padding_mask, lengths, *options)
+    checked = _check(weight_set, *arguments, key_padding_mask, lengths, options, backend)
     if checked.only_reference:
         return checked.only_reference
     if nobody_listens(events):
-        return _execute(checked, *arguments, weights, lengths, *options)
+        return _execute(checked, *arguments, weights, lengths, options)
     if records_gradients(events, candidates, *weights):
         recheck_weights()
         return (NEEDS_GRADIENT,)
     with owned_by(owner._packed):
-        return request_scoring(*arguments, weights, key_padding_mask, lengths, *options)
+        return request_scoring(*arguments, weights, key_padding_mask, lengths, *options, backend)

@@ -6,7 +6,6 @@ to record it is the differentiable reference definition instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,66 +15,29 @@ from torch import Tensor
 
 from seqkernels import backends
 from seqkernels.backends import reference as reference_backend
-from seqkernels.backends.call import ResilientBatchNormCall, ResilientBatchNormOptions
+from seqkernels.backends.call import ResilientBatchNormCall, new_norm_output
+from seqkernels.backends.problem import Problem
 from seqkernels.ops.library import (
     LIBRARY,
     NAMESPACE,
     NEEDS_GRADIENT,
-    check_finite,
+    define,
     is_eager,
     is_exporting,
     nobody_listens,
     records_gradients,
     register_vmap,
 )
-from seqkernels.reference.resilient_batch_norm import ACTIVATIONS, compute_dtype, is_bounded
+from seqkernels.options import ResilientBatchNormOptions
+from seqkernels.reference.resilient_batch_norm import compute_dtype
 
 _OP = "resilient_batch_norm"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# max_abs: None where there is no bound, since a package of AOTInductor cannot hold infinity.
-LIBRARY.define(
-    "resilient_batch_norm(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    "float eps, float min_var, float? max_abs, str activation, float negative_slope, str backend) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-def check_bounds(name: str, eps: float, min_var: float, max_abs: float) -> None:
-    """Raise ValueError, in the name of the caller, for numbers that are none of their kind."""
-    for argument, value in (("eps", eps), ("min_var", min_var)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: {argument}: expected a finite number >= 0, got {value}")
-    if not max_abs > 0:
-        raise ValueError(f"{name}: max_abs: expected a number > 0 or inf, got {max_abs}")
-
-
-def limit_of(name: str, max_abs: float | None) -> float:
-    """The number that an op's argument stands for: infinity where it is None."""
-    if max_abs == math.inf:
-        raise ValueError(
-            f"{name}: max_abs: expected a finite number > 0, or None for no bound, got inf"
-        )
-    return math.inf if max_abs is None else max_abs
-
-
-def _check_options(
-    eps: float, min_var: float, max_abs: float | None, activation: str, negative_slope: float
-) -> ResilientBatchNormOptions:
-    """Check everything that is no tensor."""
-    limit = limit_of(_OP, max_abs)
-    check_bounds(_OP, eps, min_var, limit)
-    check_finite(_OP, negative_slope=negative_slope)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{_OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-    return ResilientBatchNormOptions(eps, min_var, limit, activation, negative_slope)
-
-
-# A model brings the same ones on every call.
-_checked_options = lru_cache(maxsize=256)(_check_options)
+@lru_cache(maxsize=256)  # a model brings the same ones on every call
+def _checked_options(options: ResilientBatchNormOptions) -> ResilientBatchNormOptions:
+    return options.check()
 
 
 def check_x(name: str, x: Tensor, channels: int | None = None) -> None:
@@ -117,26 +79,6 @@ def _check_tensors(
             raise ValueError(f"{_OP}: {name}: expected device {device} like x, got {tensor.device}")
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of [N, C, L] lie closer in memory than the positions."""
-    return x.dim() == 3 and 0 < x.stride(1) < x.stride(2)
-
-
-def _new_output(x: Tensor) -> Tensor:
-    """The output, not filled; channels lie in memory where those of x do."""
-    if _is_channels_last(x):
-        n, c, length = x.shape
-        return x.new_empty((n, length, c)).transpose(1, 2)
-    return x.new_empty(x.shape)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """X itself where its rows or positions are contiguous, else a copy."""
-    if _is_channels_last(x):
-        return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _dispatch_dtype(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> torch.dtype:
@@ -151,21 +93,16 @@ def _run(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    min_var: float,
-    max_abs: float | None,
-    activation: str,
-    negative_slope: float,
-    backend: str,
+    *arguments: Any,
 ) -> Tensor:
-    options = _checked_options(eps, min_var, max_abs, activation, negative_slope)
-    _check_tensors(x, mean, var, weight, bias)
-    dtype = _dispatch_dtype(x, mean, var, weight, bias)
-    choice, label = backends.choose(_OP, backend, x.device.type, dtype)
-    out = _new_output(x)
-    if not out.numel():
-        return out
-    call = ResilientBatchNormCall(_readable(x), mean, var, weight, bias, options, out)
+    options = _checked_options(ResilientBatchNormOptions(*arguments[:-1]))
+    tensors = (mean, var, weight, bias)
+    _check_tensors(x, *tensors)
+    problem = Problem(_OP, x.device.type, _dispatch_dtype(x, *tensors))
+    choice, label = backends.choose(problem, arguments[-1])
+    if not x.numel():
+        return new_norm_output(x)
+    call = ResilientBatchNormCall(x, *tensors, options)
     result = choice.backend.resilient_batch_norm(call, choice.variant)
     backends.calls[label] += 1
     return result
@@ -177,18 +114,13 @@ def _fake(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    min_var: float,
-    max_abs: float | None,
-    activation: str,
-    negative_slope: float,
-    backend: str,
+    *arguments: Any,
 ) -> Tensor:
     """The checks of `_run`, and an empty output like its."""
-    _check_options(eps, min_var, max_abs, activation, negative_slope)
+    ResilientBatchNormOptions(*arguments[:-1]).check()
     _check_tensors(x, mean, var, weight, bias)
-    backends.check_name(backend, f"{_OP}: backend")
-    return _new_output(x)
+    backends.check_name(arguments[-1], f"{_OP}: backend")
+    return new_norm_output(x)
 
 
 def _autograd(
@@ -197,12 +129,12 @@ def _autograd(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:
     if records_gradients(x, mean, var, weight, bias):
-        return _differentiable(x, mean, var, weight, bias, *options)
+        return _differentiable(x, mean, var, weight, bias, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return resilient_batch_norm(x, mean, var, weight, bias, *options)
+        return resilient_batch_norm(x, mean, var, weight, bias, *arguments)
 
 
 def _differentiable(
@@ -211,27 +143,20 @@ def _differentiable(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    min_var: float,
-    max_abs: float | None,
-    activation: str,
-    negative_slope: float,
-    backend: str,
+    *arguments: Any,
 ) -> Tensor:
     """The reference definition, checked like `_run` and laid out in memory like its output."""
-    options = _check_options(eps, min_var, max_abs, activation, negative_slope)
-    _check_tensors(x, mean, var, weight, bias)
-    backends.check_name(backend, f"{_OP}: backend")
+    _fake(x.detach(), mean, var, weight, bias, *arguments)
     if not is_exporting():  # an exported program keeps the op, whatever runs while it is made
-        backends.report_fallback(_OP, backend, [NEEDS_GRADIENT])
+        backends.report_fallback(_OP, arguments[-1], [NEEDS_GRADIENT])
+    options = ResilientBatchNormOptions(*arguments[:-1])
     result = reference_backend.resilient_batch_norm(x, mean, var, weight, bias, options)
     if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         backends.calls["reference"] += 1
-    if _is_channels_last(x):
-        return result.transpose(1, 2).contiguous().transpose(1, 2)
-    return result.contiguous()
+    return result
 
 
+define(_OP)
 LIBRARY.impl(_OP, _run, "CompositeExplicitAutograd")
 LIBRARY.impl(_OP, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{_OP}", _fake, lib=LIBRARY)
@@ -240,27 +165,46 @@ register_vmap(_OP)
 #: The op itself, with its arguments in the order of its schema.
 resilient_batch_norm: Callable[..., Tensor] = torch.ops.seqkernels.resilient_batch_norm.default
 
-
-_MAX_ABS = 6  # its place among the arguments behind x
 _OF_KERNELS = (torch.float32, torch.bfloat16)
 
 
-def apply_resilient_batch_norm(x: Tensor, *arguments: Any) -> Tensor | Sequence[str]:
-    """The op as a module calls it, or why torch's batch norm, which has no bounds, is faster.
-
-    Here ``max_abs`` is the modules' number: infinite without a bound.
-    """
-    min_var, max_abs = arguments[_MAX_ABS - 1 : _MAX_ABS + 1]
-    bounded = is_bounded(min_var, max_abs)
-    if max_abs == math.inf:
-        arguments = (*arguments[:_MAX_ABS], None, *arguments[_MAX_ABS + 1 :])
+def apply_resilient_batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: ResilientBatchNormOptions,
+    backend: str,
+) -> Tensor | Sequence[str]:
+    """The op as a module calls it, or why torch's batch norm, which has no bounds, is faster."""
+    tensors = (mean, var, weight, bias)
+    bounded = options.min_var > 0 or options.max_abs is not None
     if nobody_listens(x) and (bounded or x.dtype in _OF_KERNELS):
-        return _run(x, *arguments)
+        return _run(x, *tensors, *options, backend)
     if not bounded and is_eager(x):
-        tensors, backend = arguments[:4], arguments[-1]
         _check_tensors(x, *tensors)
-        dtype = _dispatch_dtype(x, *tensors)
-        declined = backends.declined(backends.choose(_OP, backend, x.device.type, dtype)[0])
+        problem = Problem(_OP, x.device.type, _dispatch_dtype(x, *tensors))
+        declined = backends.declined(backends.choose(problem, backend)[0])
         if declined or records_gradients(x, *tensors):
             return declined or (NEEDS_GRADIENT,)
-    return resilient_batch_norm(x, *arguments)
+    return resilient_batch_norm(x, *tensors, *options, backend)
+
+
+def native_norm(
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    options: ResilientBatchNormOptions,
+    backend: str,
+) -> backends.Native | None:
+    """The native kernel of a module's calls with its constants, if one runs on the CPU."""
+    mean, var, weight, bias = tensors
+    assert mean is not None
+    assert var is not None
+    x = mean.new_empty((0, 1), dtype=dtype)
+    problem = Problem(_OP, mean.device.type, _dispatch_dtype(x, mean, var, weight, bias))
+    choice, label = backends.choose(problem, backend)
+    if not isinstance(choice.backend, backends.CpuBackend):
+        return None
+    packed = choice.backend.packed_norm(tensors, options, choice.variant)
+    return backends.Native(choice.backend.ops.resilient_batch_norm_packed.default, packed, label)

@@ -17,18 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqkernels.options import ENCODER_CHOICES, check_choice
+
 _PER_LAYER = 12
 
 #: A floating padding mask ignores where it is not above this. The weight of such a key, relative
 #: to one that is not ignored, is 0 in every floating dtype; -10000 rounded to bf16 counts too.
 IGNORED_BELOW = -9000.0
-_CHOICES = {
-    "activation": ("relu", "gelu", "gelu_tanh", "leaky_relu"),
-    "fusion": ("none", "concat", "append"),
-    "padding": ("zero", "compute", "exclude", "stock"),
-    "order": ("latest_first", "latest_last"),
-    "pool": ("none", "max"),
-}
 
 
 def encoder(
@@ -139,8 +134,7 @@ def encoder(
         "pool": pool,
     }
     for name, value in chosen.items():
-        if value not in _CHOICES[name]:
-            raise ValueError(f"encoder: {name}: expected one of {_CHOICES[name]}, got {value!r}")
+        check_choice(f"encoder: {name}", value, ENCODER_CHOICES[name])
     _check_combination(candidate, fusion, padding, latest_k, pool)
 
     valid = valid_positions(x, key_padding_mask, lengths)  # [B, L]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "leaky_relu")
+from seqkernels.options import ACTIVATIONS
 
 
 def resilient_batch_norm(

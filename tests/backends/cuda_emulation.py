@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def _load(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    assert module.ops_error() == ""
     return module
 
 
@@ -44,6 +45,8 @@ class EmulatedCuda(CudaBackend):
     devices = ("cpu",)
 
     def __init__(self, computes_padding: bool | None = None) -> None:
+        super().__init__()
+        self.ops = torch.ops.seqkernels_emulated
         self.computes_padding = computes_padding  # what a byte on the device says of each call
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
@@ -56,12 +59,6 @@ class EmulatedCuda(CudaBackend):
 
     def variant(self) -> str:
         return "emulated"
-
-    def stream(self, tensor: Tensor) -> tuple[int, int]:
-        return 0, 0
-
-    def on(self, tensor: Tensor) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def device_reasons(self) -> list[str]:
         return []

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from seqkernels import backends, settings
-from seqkernels.backends.cpu import import_error, native
+from seqkernels.backends import native_module
 from seqkernels.testing import Closeness, EncoderCase, EncoderProblem, assert_close_to_oracle
 from tests.pairwise import pairwise_cases
 
 
 def instruction_sets() -> list[Any]:
     """Every instruction set compiled in as a parameter; those that cannot run here are skipped."""
-    module = native()
+    module = native_module.module
     if module is None:
-        reason = import_error or "the native module is missing"
+        reason = native_module.import_error or "the native module is missing"
         return [pytest.param("none", marks=pytest.mark.skip(reason=reason))]
     parameters = []
     for name in module.isa_names():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqkernels import BackendUnavailableError, backends, ops, settings
+from seqkernels import BackendUnavailableError, backends, settings
 from seqkernels.backends.cuda import CudaBackend
 from seqkernels.backends.encoder_weights import PER_LAYER
 from seqkernels.reference import ChannelNorm
@@ -19,7 +19,7 @@ from tests.backends.cuda_emulation import emulated_cuda
 from tests.backends.encoder_runs import FLAGGED, flagged, grid_cases, oracle
 from tests.backends.test_request_scoring import Request
 from tests.backends.test_resilient_batch_norm import by_channel, definition, lay_out
-from tests.channel_norms import channel_norm, rounded
+from tests.channel_norms import apply, channel_norm, rounded
 from tests.selection import every
 
 SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
@@ -177,7 +177,7 @@ def test_a_candidates_bits_do_not_depend_on_the_others() -> None:
 def batch_norm(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:
     with emulated_cuda() as module:
         before = module.launches()
-        y = ops.apply_resilient_batch_norm(x, *norm, activation, 0.2, "cuda")
+        y = apply(x, norm, activation, "cuda")
         assert module.launches() == before + 1
     return y
 
@@ -224,14 +224,16 @@ def test_a_width_that_no_kernel_takes_is_a_reason() -> None:
 
 def test_without_a_gpu_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    reasons = CudaBackend().not_supported_reasons("encoder", "cuda", torch.float64, None)
+    reasons = CudaBackend().reasons(backends.Problem("encoder", "cuda", torch.float64))
     assert any("CUDA" in reason for reason in reasons)
     assert "dtype torch.float64, it takes float32 and bfloat16" in reasons
     with pytest.raises(BackendUnavailableError, match="tensors on cpu, it takes CUDA tensors"):
         EncoderCase(length=3).problem().run("cuda")
     with settings.override(backend="auto"):
-        choice = backends.resolve("encoder", "auto", "cuda", torch.float32)
+        choice = backends.resolve(backends.Problem("encoder", "cuda", torch.float32), "auto")
         assert choice.backend.name == "reference"
         assert "cuda" in dict(choice.rejected)
         # and nobody misses it on the CPU
-        assert "cuda" not in dict(backends.resolve("linear", "auto", "cpu", torch.half).rejected)
+        assert "cuda" not in dict(
+            backends.resolve(backends.Problem("linear", "cpu", torch.half), "auto").rejected
+        )

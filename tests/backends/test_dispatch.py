@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from seqkernels import BackendUnavailableError, backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 from tests.ops.encoder_call import arguments, call
 
-native = pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+native = pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 X = arguments()["x"]
 
 

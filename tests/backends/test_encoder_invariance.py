@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import settings
-from seqkernels.backends import EncoderCall, EncoderOptions, lookup
-from seqkernels.backends.cpu import CpuBackend, native
-from seqkernels.backends.encoder_weights import LAYOUT
+from seqkernels.options import EncoderOptions
 from seqkernels.testing import EncoderCase, EncoderProblem
 from tests.backends.encoder_runs import on_each_isa, run
 
@@ -257,26 +255,12 @@ def test_fork_after_use(isa: str) -> None:
 
 
 def run_into(problem: EncoderProblem, out: Tensor, isa: str) -> None:
-    """The backend alone, writing where it is told to."""
-    o = problem.options
-    weights = list(problem.weights)
-    options = EncoderOptions(*(o[name] for name in EncoderOptions._fields))
-    call = EncoderCall(
-        x=problem.x,
-        candidate=problem.candidate,
-        weights=weights,
-        weight_set=lookup(LAYOUT, weights),
-        mask=problem.key_padding_mask,
-        lengths=problem.lengths,
-        options=options,
-        fusion=o["fusion"],
-        padding=o["padding"],
-        order=o["order"],
-        latest_k=o["latest_k"],
-        pool=o["pool"],
-        out=out,
-    )
-    CpuBackend().encoder(call, isa)
+    """The native op alone, writing where it is told to."""
+    ops = torch.ops.seqkernels
+    options = EncoderOptions(**problem.options)
+    tensors = (problem.x, problem.candidate, None, problem.key_padding_mask, problem.lengths, None)
+    packed = ops.pack_encoder(list(problem.weights), *options, isa)
+    ops.encoder_packed.out(*tensors, *packed, out=out)
 
 
 @on_each_isa
@@ -328,10 +312,7 @@ def test_offsets_beyond_32_bits(isa: str) -> None:
 def test_workspace_of_a_thread_is_small(isa: str) -> None:
     """At the reference shape; long and wide problems need more."""
     case = EncoderCase()
-    weights = case.problem().weights
-    pointers = [0 if w is None else w.data_ptr() for w in weights]
-    packed = native().EncoderWeights(
-        isa, case.d_model, case.nhead, case.dim_feedforward, "relu", 0.0, False, 1e-5, 1e-5,
-        [pointers[:12], pointers[12:]], [],
-    )  # fmt: skip
-    assert 0 < packed.workspace_bytes(case.length, 1) <= 2 * 2**20
+    problem = case.problem()
+    options = EncoderOptions(**problem.options)
+    model, _ = torch.ops.seqkernels.pack_encoder(list(problem.weights), *options, isa)
+    assert 0 < torch.ops.seqkernels.encoder_workspace_bytes(model, case.length + 1) <= 2 * 2**20

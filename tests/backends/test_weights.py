@@ -14,40 +14,33 @@ import torch
 from torch import Tensor, nn
 
 import seqkernels
-from seqkernels.backends import cpu, weights
+from seqkernels.backends import cpu, native_module, weights
 
 D, HEADS, FF = 16, 2, 8
-native = pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+native = pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 
 
 class Packing:
-    """Counts what the CPU backend packs."""
+    """The native ops, with a count of what is packed."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.living: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.living: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
 
-    def __call__(self, *arguments: Any) -> Any:
+    def pack_encoder(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.count += 1
-        packed = self.original(*arguments)
-        holder = _Held(packed)
-        self.living.add(holder)
-        return holder
+        model, packed = torch.ops.seqkernels.pack_encoder(*arguments)
+        self.living.add(packed)
+        return model, packed
 
-    original: Callable[..., Any] = staticmethod(cpu._pack)
-
-
-class _Held:
-    """A packed object that can be referred to weakly."""
-
-    def __init__(self, packed: Any) -> None:
-        self.forward = packed.forward
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.seqkernels, name)
 
 
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> Packing:
     counter = Packing()
-    monkeypatch.setattr(cpu, "_pack", counter)
+    monkeypatch.setattr(cpu.CpuBackend, "ops", counter)
     return counter
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.benchmark import Unavailable, Workload, compare
 from seqkernels.testing import EncoderCase
 from tests.bench.planted import LINEAR, MASKED, NORM, RANKER, RIVALS, workload
@@ -56,7 +56,7 @@ def test_without_openvino_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "pip install 'seqkernels[bench]'" in comparison.absent["openvino_bf16"]
 
 
-@pytest.mark.skipif(cpu.native() is None, reason="the native module was not built")
+@pytest.mark.skipif(native_module.module is None, reason="the native module was not built")
 def test_kernel_alone_and_forced_instruction_set() -> None:
     names = ("seqkernels", "seqkernels_kernel", "eager_fp32")
     forced = dataclasses.replace(workload(*names), isa="portable")

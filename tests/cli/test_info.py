@@ -29,9 +29,9 @@ def test_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch threads {torch.get_num_threads()}" in shown
 
 
-@pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+@pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 def test_native_module_and_instruction_sets(capsys: pytest.CaptureFixture[str]) -> None:
-    module = cpu.native()
+    module = native_module.module
     shown = told(capsys)
     for value in (module.processor(), *module.build_info().values()):
         assert " ".join(value.split()) in shown
@@ -56,15 +56,15 @@ def test_a_broken_native_module_is_shown_in_full(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "ImportError: [brackets] " + "undefined symbol: " + "_ZN" * 60
-    monkeypatch.setattr(cpu, "_native", None)
-    monkeypatch.setattr(cpu, "import_error", text)
+    monkeypatch.setattr(native_module, "module", None)
+    monkeypatch.setattr(native_module, "import_error", text)
     shown = told(capsys)
     assert "no usable module" in shown
     assert text.replace(" ", "") in shown.replace(" ", "")
     assert "there is no native module" in shown
 
 
-@pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+@pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 @pytest.mark.parametrize("wrong", [{"backend": "gpu"}, {"isa": "avx9"}])
 def test_wrong_settings_are_shown(
     wrong: dict[str, str], capsys: pytest.CaptureFixture[str]

@@ -443,7 +443,7 @@ void plans(Session& session) {
           call.batch = 1000;
           call.length = length;
           call.latest_k = pool ? 8 : -1;
-          call.pool_max = pool;
+          call.pool = pool ? Pool::kMax : Pool::kNone;
           const EncoderPlan plan = cuda::plan_encoder(shape, call, device);
           if (!plan.reasons.empty()) continue;
           largest = std::max(largest, plan.shared_bytes);

@@ -188,13 +188,9 @@ struct Problem {
     c.channels = shape.channels;
     c.x_stride_outer = c.out_stride_outer = shape.outer_stride();
     c.x_stride_row = c.out_stride_row = shape.row_stride();
-    c.norm = {mean.data(),
-              var.data(),
-              weight.empty() ? nullptr : weight.data(),
-              bias.empty() ? nullptr : bias.data(),
-              eps,
-              min_var,
-              max_abs};
+    c.norm = {{true, eps, min_var, max_abs},
+              {mean.data(), var.data(), weight.empty() ? nullptr : weight.data(),
+               bias.empty() ? nullptr : bias.data()}};
     c.activation = activation;
     c.negative_slope = slope;
     c.out = out.data();

@@ -382,7 +382,7 @@ void refusals(Session& session) {
   const EncoderPlan most_heads = plan_with([](EncoderShape& s, EncoderCall& call) {
     s.d_model = 1024;
     s.nhead = 128;
-    call.pool_max = true;
+    call.pool = Pool::kMax;
     call.length = 5000;
   });
   session.verdicts.check(most_heads.reasons.empty(), "refusals: as many heads as are taken");

@@ -16,22 +16,14 @@
 #include <string>
 #include <vector>
 
+#include "packed.h"
 #include "seqkernels/linear.h"
-#include "seqkernels/processor.h"
 #include "seqkernels/resilient_batch_norm.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include "amx_trap.h"
 #define SEQKERNELS_AMX_TRAP
 #endif
-
-// The contract of csrc/cpu/linear_model.h that runs a kernel whatever the processor says of itself.
-namespace seqkernels::cpu {
-struct LinearKernelEntry;
-std::unique_ptr<Linear> make_linear(const LinearKernelEntry& kernel,
-                                    const LinearParameters& parameters);
-__attribute__((weak)) const LinearKernelEntry& linear_amx_bf16();  // null where not compiled in
-}  // namespace seqkernels::cpu
 
 namespace seqkernels::test {
 namespace {
@@ -43,8 +35,12 @@ struct Target {
   std::string name;
   bool trapped = false;
 
-  std::unique_ptr<Linear> linear(const LinearParameters& p) const {
-    return trapped ? cpu::make_linear(cpu::linear_amx_bf16(), p) : make_linear(name, p);
+  void run(const LinearShape& shape, const LinearParameters& p, const LinearCall& call) const {
+    if (trapped) {
+      Linear(cpu::linear_amx_bf16(), shape, p).forward(call);
+    } else {
+      Linear(name, shape, p).forward(call);
+    }
   }
 };
 
@@ -160,7 +156,7 @@ struct Norm {
   }
   ChannelNorm view() const {
     if (mean.empty()) return {};
-    return {mean.data(), var.data(), weight.data(), bias.data(), 1e-5f, min_var, max_abs};
+    return {{true, 1e-5f, min_var, max_abs}, {mean.data(), var.data(), weight.data(), bias.data()}};
   }
   bool present() const { return !mean.empty(); }
   bool bounded() const { return view().bounded(); }
@@ -236,16 +232,19 @@ void check_linear(const Target& target, const LinearCase& c, Verdicts& verdicts,
     weight.shrink_to_fit();
   }
 
+  LinearShape shape;
+  shape.in_features = c.in;
+  shape.out_features = c.out;
+  shape.input_norm = before.view();
+  shape.output_norm = behind.view();
+  shape.activation = c.activation;
+  shape.negative_slope = 0.2f;
+  shape.precision = c.fp32_operands ? Precision::kFp32 : Precision::kBf16;
   LinearParameters p;
-  p.in_features = c.in;
-  p.out_features = c.out;
   p.weight = weight.data();
   p.bias = bias.data();
   p.input_norm = before.view();
   p.output_norm = behind.view();
-  p.activation = c.activation;
-  p.negative_slope = 0.2f;
-  p.fp32_operands = c.fp32_operands;
   LinearCall call;
   call.x = x.data();
   call.out = out.data();
@@ -254,7 +253,7 @@ void check_linear(const Target& target, const LinearCase& c, Verdicts& verdicts,
   call.x_stride = plant == "overwrite" ? 0 : x.stride;
   call.out_stride = plant == "overread" ? 0 : plant == "stride" ? out.stride - 1 : out.stride;
   call.num_threads = c.threads;
-  target.linear(p)->forward(call);
+  target.run(shape, p, call);
 
   bool right = true;
   for (int64_t r = 0; r < c.rows; ++r) {
@@ -376,7 +375,7 @@ void check_norm(const std::string& isa, const NormCase& c, Verdicts& verdicts,
   call.activation = c.activation;
   call.negative_slope = 0.2f;
   call.num_threads = c.threads;
-  ResilientBatchNorm(isa).forward(call);
+  run_resilient_batch_norm(runnable_isa(isa), call);
 
   bool right = true;
   for (int64_t r = 0; r < rows; ++r) {
@@ -429,30 +428,35 @@ void expect_refusal(Verdicts& verdicts, const std::string& told, Body body) {
 
 void refusals(Verdicts& verdicts) {
   const float one = 1;
+  LinearShape shape;
+  shape.in_features = shape.out_features = 1;
   LinearParameters p;
-  p.in_features = p.out_features = 1;
   expect_refusal(verdicts, "linear: weight: expected a matrix",
-                 [&] { make_linear("portable", p); });
+                 [&] { Linear("portable", shape, p); });
   p.weight = &one;
   p.output_norm.mean = &one;
-  expect_refusal(verdicts, "output_norm: expected a variance", [&] { make_linear("portable", p); });
-  p.output_norm = {};
-  p.in_features = 0;
-  expect_refusal(verdicts, "weight: expected [F >= 1", [&] { make_linear("portable", p); });
-  p.in_features = 1;
-  expect_refusal(verdicts, "isa: expected one of", [&] { make_linear("sse9", p); });
+  shape.output_norm.present = true;
+  expect_refusal(verdicts, "output_norm: expected mean and variance",
+                 [&] { Linear("portable", shape, p); });
+  shape.output_norm.present = false;
+  shape.in_features = 0;
+  expect_refusal(verdicts, "weight: expected [F >= 1", [&] { Linear("portable", shape, p); });
+  shape.in_features = 1;
+  expect_refusal(verdicts, "isa: expected one of", [&] { Linear("sse9", shape, p); });
   LinearCall negative;
   negative.rows = -1;
   expect_refusal(verdicts, "x: expected rows >= 0",
-                 [&] { make_linear("portable", p)->forward(negative); });
+                 [&] { Linear("portable", shape, p).forward(negative); });
   ResilientBatchNormCall call;
-  const ResilientBatchNorm kernel("portable");
-  expect_refusal(verdicts, "channels: expected at least 1", [&] { kernel.forward(call); });
+  const int isa = runnable_isa("portable");
+  expect_refusal(verdicts, "channels: expected at least 1",
+                 [&] { run_resilient_batch_norm(isa, call); });
   call.channels = 1;
-  expect_refusal(verdicts, "mean, var: expected both", [&] { kernel.forward(call); });
+  expect_refusal(verdicts, "mean, var: expected both",
+                 [&] { run_resilient_batch_norm(isa, call); });
   call.norm.mean = call.norm.var = &one;
   call.norm.eps = -1;
-  expect_refusal(verdicts, "not negative", [&] { kernel.forward(call); });
+  expect_refusal(verdicts, "not negative", [&] { run_resilient_batch_norm(isa, call); });
 }
 
 int run(int argc, char** argv) {

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "packed.h"
 #include "seqkernels/encoder.h"
 
 namespace seqkernels::test {
@@ -465,20 +466,14 @@ inline PreparedCall prepare(const Problem& p, const Run& run = {}) {
     call.computes_padding = made.inputs.back().data();
     call.padding = computes ? Padding::kZero : Padding::kCompute;
   }
-  call.latest_last = c.latest_last;
+  call.order = c.latest_last ? Order::kLatestLast : Order::kLatestFirst;
   call.latest_k = c.latest_k;
-  call.pool_max = c.pool;
+  call.pool = c.pool ? Pool::kMax : Pool::kNone;
   call.out = made.out.data() + static_cast<size_t>(out.lead) * element;
   call.out_stride_b = out.b;
   call.out_stride_l = out.l;
   call.num_threads = run.threads;
   return made;
-}
-
-inline std::vector<float> forward(const Encoder& encoder, const Problem& p, const Run& run = {}) {
-  const PreparedCall made = prepare(p, run);
-  encoder.forward(made.call);
-  return made.output();
 }
 
 // The candidates of `repeated`, made from `users` by user_index: events, mask and lengths are those
@@ -510,12 +505,18 @@ inline PreparedRequest prepare_request(const Problem& users, const Problem& repe
   return made;
 }
 
+inline std::vector<float> forward(const Encoder& encoder, const Problem& p, const Run& run = {}) {
+  const PreparedCall made = prepare(p, run);
+  encoder.forward(made.call);
+  return made.output();
+}
+
 inline std::vector<float> score_request(const Encoder& encoder, const Problem& users,
                                         const Problem& repeated,
                                         const std::vector<int64_t>& user_index,
                                         const Run& run = {}) {
   const PreparedRequest made = prepare_request(users, repeated, user_index, run);
-  encoder.score_request(made.candidates.call);
+  encoder.forward(made.candidates.call);
   return made.candidates.output();
 }
 

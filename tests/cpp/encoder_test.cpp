@@ -16,21 +16,12 @@
 #include "encoder_problem.h"
 #include "encoder_reference.h"
 #include "encoder_verdicts.h"
-#include "seqkernels/processor.h"
+#include "packed.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include "amx_trap.h"
 #define SEQKERNELS_AMX_TRAP
 #endif
-
-// The contract of csrc/cpu/encoder_model.h that runs a kernel whatever the processor says of
-// itself.
-namespace seqkernels::cpu {
-struct EncoderKernelEntry;
-std::unique_ptr<Encoder> make_encoder(const EncoderKernelEntry& kernel, const EncoderShape& shape,
-                                      const EncoderParameters& parameters);
-__attribute__((weak)) const EncoderKernelEntry& encoder_amx_bf16();  // null where not compiled in
-}  // namespace seqkernels::cpu
 
 namespace seqkernels::test {
 namespace {
@@ -45,8 +36,8 @@ struct Target {
   bool slow() const { return trapped || name == "amx_emulated"; }
 
   std::unique_ptr<Encoder> encoder(const Problem& p) const {
-    if (!trapped) return make_encoder(name, p.shape(), p.parameters());
-    return cpu::make_encoder(cpu::encoder_amx_bf16(), p.shape(), p.parameters());
+    if (!trapped) return std::make_unique<Encoder>(name, p.shape(), p.parameters());
+    return std::make_unique<Encoder>(cpu::encoder_amx_bf16(), p.shape(), p.parameters());
   }
 };
 
@@ -658,7 +649,7 @@ void errors(Session& session) {
     EncoderParameters parameters = p.parameters();
     spoil(shape, parameters);
     expect_error(session, std::string("errors: model with bad ") + argument, argument,
-                 [&] { make_encoder(isa, shape, parameters); });
+                 [&] { Encoder(isa, shape, parameters); });
   };
   bad_model("nhead", [](EncoderShape& s, auto&) { s.nhead = 5; });
   bad_model("nhead", [](EncoderShape& s, auto&) { s.nhead = 0; });
@@ -676,13 +667,13 @@ void errors(Session& session) {
               [&](EncoderShape&, EncoderParameters& w) { w.layers[0].*weight = nullptr; });
   }
   expect_error(session, "errors: unknown instruction set", "isa",
-               [&] { make_encoder("sse9", p.shape(), p.parameters()); });
+               [&] { Encoder("sse9", p.shape(), p.parameters()); });
   expect_error(session, "errors: reasons of an unknown instruction set", "isa",
                [] { isa_unsupported_reasons("sse9"); });
   for (const std::string& name : isa_names()) {
     if (isa_unsupported_reasons(name).empty()) continue;
     expect_error(session, "errors: instruction set that cannot run here", "'" + name + "'",
-                 [&] { make_encoder(name, p.shape(), p.parameters()); });
+                 [&] { Encoder(name, p.shape(), p.parameters()); });
   }
 
   const auto bad_call = [&](const char* argument, const std::function<void(EncoderCall&)>& spoil) {

@@ -173,12 +173,12 @@ void workspaces_that_are_refused(Verdicts& v) {
   for (int64_t batch : {1, 3, 40}) {  // a team on each sequence, or a sequence for each thread
     c.batch = batch;
     const Problem p(c);
-    const auto encoder = make_encoder("portable", p.shape(), p.parameters());
+    const Encoder encoder("portable", p.shape(), p.parameters());
     Run run;
     run.threads = 3;
-    const std::vector<float> expected = forward(*encoder, p, run);
+    const std::vector<float> expected = forward(encoder, p, run);
     const std::string what = "encoder, batch " + std::to_string(batch);
-    check_starving(v, what, [&] { v.same_bits(forward(*encoder, p, run), expected, what); });
+    check_starving(v, what, [&] { v.same_bits(forward(encoder, p, run), expected, what); });
   }
   c.batch = 2;
   c.fusion = Fusion::kConcat;
@@ -187,18 +187,19 @@ void workspaces_that_are_refused(Verdicts& v) {
   std::vector<int64_t> index(40);
   for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int64_t>(i % 2);
   const Problem repeated = users.repeated(index);
-  const auto encoder = make_encoder("portable", users.shape(), users.parameters());
+  const Encoder encoder("portable", users.shape(), users.parameters());
   Run run;
   run.threads = 3;
-  check_starving(v, "request", [&] { score_request(*encoder, users, repeated, index, run); });
+  check_starving(v, "request", [&] { score_request(encoder, users, repeated, index, run); });
 
   constexpr int64_t kRows = 300, kWidth = 256;
   const std::vector<float> x(kRows * kWidth, 0.5f), weight(kWidth * kWidth, 0.25f);
   std::vector<float> out(kRows * kWidth);
+  LinearShape shape;
+  shape.in_features = shape.out_features = kWidth;
   LinearParameters parameters;
-  parameters.in_features = parameters.out_features = kWidth;
   parameters.weight = weight.data();
-  const auto linear = make_linear("portable", parameters);
+  const Linear linear("portable", shape, parameters);
   check_starving(v, "linear", [&] {
     LinearCall call;
     call.x = x.data();
@@ -206,7 +207,7 @@ void workspaces_that_are_refused(Verdicts& v) {
     call.rows = kRows;
     call.x_stride = call.out_stride = kWidth;
     call.num_threads = 3;
-    linear->forward(call);
+    linear.forward(call);
   });
 }
 

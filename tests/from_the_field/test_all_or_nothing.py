@@ -10,7 +10,7 @@ from torch import nn
 
 import seqkernels
 from seqkernels import PrecisionDecision, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.nn import FusedSequential, Linear, ResilientBatchNorm1d, TransformerEncoderLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*")
@@ -19,7 +19,7 @@ BF16 = seqkernels.PrecisionPolicy(bf16=("*",))
 
 @pytest.fixture(autouse=True)
 def _backend_without_native() -> Any:
-    with settings.override(backend=None if cpu.native() is not None else "reference"):
+    with settings.override(backend=None if native_module.module is not None else "reference"):
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import settings
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*nested tensors is in prototype.*",
@@ -24,7 +24,7 @@ BF16 = seqkernels.PrecisionPolicy(bf16=("chain.*",))
 
 @pytest.fixture(autouse=True)
 def _backend_without_native() -> Any:
-    with settings.override(backend=None if cpu.native() is not None else "reference"):
+    with settings.override(backend=None if native_module.module is not None else "reference"):
         torch._dynamo.reset()
         yield
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import PrecisionPolicy
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.models import EngagementRanker, EngagementRankerConfig
 from seqkernels.nn import Linear
 
-pytestmark = pytest.mark.skipif(cpu.native() is None, reason="torch's products are not ours")
+pytestmark = pytest.mark.skipif(
+    native_module.module is None, reason="torch's products are not ours"
+)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import seqkernels
 from seqkernels import backends, ops, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import cpu, native_module
 from seqkernels.nn import FusedSequential, Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -21,7 +21,7 @@ BF16 = seqkernels.PrecisionPolicy(bf16=("*",))
 
 @pytest.fixture(autouse=True)
 def _backend_without_native() -> Any:
-    with settings.override(backend=None if cpu.native() is not None else "reference"):
+    with settings.override(backend=None if native_module.module is not None else "reference"):
         backends.calls.clear()
         yield
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import PrecisionDecision, PrecisionPolicy, precision
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 
-native = pytest.mark.skipif(cpu.native() is None, reason="there is no native module")
+native = pytest.mark.skipif(native_module.module is None, reason="there is no native module")
 
 SCORES = """
 import hashlib, torch, seqkernels

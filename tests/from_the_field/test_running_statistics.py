@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import BackendUnavailableError, backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.nn import FusedSequential, ResilientBatchNorm1d
 from seqkernels.testing import assert_close_to_oracle
 
 
 @pytest.fixture(autouse=True)
 def _backend_without_native() -> Any:
-    with settings.override(backend=None if cpu.native() is not None else "reference"):
+    with settings.override(backend=None if native_module.module is not None else "reference"):
         backends.calls.clear()
         yield
 
@@ -62,7 +62,7 @@ def test_a_sync_batch_norm_is_replaced_for_every_number_of_dimensions(kind: str)
         assert y.stride() == expected.stride()
         groups = (t.movedim(1, 0).flatten(1) for t in (y, golden, stock["norm"](x)))
         assert_close_to_oracle(*groups)
-    if cpu.native() is not None:
+    if native_module.module is not None:
         assert sum(n for label, n in backends.calls.items() if label.startswith("cpu/")) == 1
     report.restore()
     assert type(ours["norm"]) is nn.SyncBatchNorm

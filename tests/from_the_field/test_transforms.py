@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import seqkernels
 from seqkernels import backends, ops, reference, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.testing import assert_close_to_oracle
 from tests.ops.encoder_call import arguments
 
@@ -35,7 +35,7 @@ def _torch_without_fast_paths() -> Any:
     """Torch's fast encoder has no forward derivative, nor has its fast attention."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    native = cpu.native() is not None
+    native = native_module.module is not None
     with settings.override(backend=None if native else "reference"), sdpa_kernel(SDPBackend.MATH):
         backends.calls.clear()
         yield
@@ -175,7 +175,7 @@ def test_inference_mode_has_no_tangents_as_in_torch(name: str) -> None:
             backends.calls.clear()
             with torch.inference_mode():
                 assert forward_ad.unpack_dual(model(seen)).tangent is None
-    assert not backends.calls["reference"] or cpu.native() is None
+    assert not backends.calls["reference"] or native_module.module is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

@@ -25,7 +25,7 @@ def gpu_backends() -> list[Any]:
     parameters = []
     for backend in backends.BACKENDS:
         if "cuda" in backend.devices:
-            reasons = backend.not_supported_reasons("encoder", "cuda", torch.bfloat16, None)
+            reasons = backend.reasons(backends.Problem("encoder", "cuda", torch.bfloat16))
             marks = [pytest.mark.skip(reason="; ".join(reasons))] if reasons else []
             parameters.append(pytest.param(backend.name, marks=marks))
     return parameters

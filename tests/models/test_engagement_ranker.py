@@ -29,7 +29,7 @@ from tests.models.ranker_problem import (
     make,
 )
 
-FUSED = "cpu/" if backends.cpu.native() is not None else "reference"
+FUSED = "cpu/" if backends.native_module.module is not None else "reference"
 DRAWS = 48  # a row of logits is a short sequence: the rule wants several
 # torch's own modules use what it deprecates, and say of their fast path that it is a prototype
 pytestmark = [

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import seqkernels
 from seqkernels import backends, settings
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.nn import FusedSequential, Linear, ResilientBatchNorm1d
 from seqkernels.testing import assert_close_to_oracle
 from tests.channel_norms import grouped, rounded
 
-has_native = cpu.native() is not None
+has_native = native_module.module is not None
 KERNEL = "cpu" if has_native else "reference"
 ACTIVATIONS = [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.LeakyReLU(0.1)]
 

@@ -208,7 +208,7 @@ def test_evaluation_runs_on_the_kernel_and_tells_when_not() -> None:
     with torch.inference_mode():
         norm(torch.randn(4, 5))
     (label,) = backends.calls
-    assert label.startswith("cpu/") or backends.cpu.native() is None
+    assert label.startswith("cpu/") or backends.native_module.module is None
     untracked = ResilientBatchNorm1d(5, track_running_stats=False).eval()
     with (
         settings.override(strict=True),

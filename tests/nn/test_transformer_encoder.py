@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
-has_native = backends.cpu.native() is not None
+has_native = backends.native_module.module is not None
 FUSED = "cpu/" if has_native else "reference"
 
 
@@ -615,7 +615,7 @@ def test_constructor_forms_of_activations() -> None:
         layer = TransformerEncoderLayer(D, HEADS, FF, activation=name, batch_first=True).eval()
         reread = read_layer(layer)
         assert reread is not None
-        assert reread.activation == name
+        assert reread.options.activation == name
         encoder = TransformerEncoder(layer, 3).eval()
         with torch.inference_mode():
             encoder(draw(1, 4, D))
@@ -629,8 +629,8 @@ def test_constructor_forms_of_activations() -> None:
     ):
         reread = read_layer(TransformerEncoderLayer(D, HEADS, FF, activation=given).eval())
         assert reread is not None
-        assert reread.activation == name
-        assert reread.negative_slope == (
+        assert reread.options.activation == name
+        assert reread.options.negative_slope == (
             0.3 if getattr(given, "negative_slope", 0) == 0.3 else 0.01
         )
     assert fused_calls() == 4

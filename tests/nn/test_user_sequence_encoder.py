@@ -18,7 +18,7 @@ from seqkernels.testing import assert_close_to_oracle
 
 B, L, E, C, HEADS, FF = 4, 11, 16, 8, 2, 8
 LENGTHS = torch.tensor([11, 6, 1, 0])
-FUSED = "cpu/" if backends.cpu.native() is not None else "reference"
+FUSED = "cpu/" if backends.native_module.module is not None else "reference"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 

@@ -243,8 +243,8 @@ def test_the_same_while_a_graph_is_traced(name: str) -> None:
 def test_forced_backend_that_cannot_run_lists_every_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends.cpu, "_native", None)
-    monkeypatch.setattr(backends.cpu, "import_error", "undefined symbol: frobnicate")
+    monkeypatch.setattr(backends.native_module, "module", None)
+    monkeypatch.setattr(backends.native_module, "import_error", "undefined symbol: frobnicate")
     monkeypatch.setattr(backends, "_choices_for", None)
     with pytest.raises(BackendUnavailableError) as caught:
         call(x=X.double(), backend="cpu")
@@ -270,7 +270,7 @@ def test_unknown_backend_in_the_environment(name: str) -> None:
         call()
 
 
-@pytest.mark.skipif(backends.cpu.native() is None, reason="there is no native module")
+@pytest.mark.skipif(backends.native_module.module is None, reason="there is no native module")
 def test_unknown_instruction_set_in_the_environment() -> None:
     with (
         settings.override(isa="avx9"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqkernels import backends, ops, reference, settings
 from seqkernels.backends.weights import PackedWeights
+from seqkernels.options import EncoderOptions
 from tests.ops.encoder_call import HEADS, D, arguments, call, weights
 
 IGNORED = torch.arange(7) >= torch.tensor([[7], [3], [0]])
@@ -305,7 +306,7 @@ class Owner:
 
 def apply(*made: Any) -> Any:
     """As a module calls the op."""
-    return ops.apply_encoder(Owner(), *made)
+    return ops.apply_encoder(Owner(), *made[:5], EncoderOptions(*made[5:-1]), made[-1])
 
 
 def test_the_dispatcher_is_passed_by_only_where_nobody_looks() -> None:

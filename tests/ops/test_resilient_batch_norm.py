@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import BackendUnavailableError, backends, ops, settings
+from seqkernels.options import ResilientBatchNormOptions
 from tests.channel_norms import channel_norm
 
 
@@ -32,6 +33,12 @@ INPUTS = {
 }
 
 
+def apply(*made: Any) -> Any:
+    """As a module calls the op."""
+    options = ResilientBatchNormOptions(*made[5:-1])
+    return ops.apply_resilient_batch_norm(*made[:5], options, made[-1])
+
+
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
 def test_opcheck(x: Tensor) -> None:
     torch.library.opcheck(ops.resilient_batch_norm, tuple(arguments(x=x)))
@@ -51,7 +58,7 @@ def test_all_ways_to_call_it_agree(x: Tensor) -> None:
     with torch.inference_mode():
         expected = ops.resilient_batch_norm(*arguments(x=x))
         assert expected.shape == x.shape
-        assert torch.equal(ops.apply_resilient_batch_norm(*arguments(x=x)), expected)
+        assert torch.equal(apply(*arguments(x=x)), expected)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(ops.resilient_batch_norm(*arguments(x=x)), expected)
     with torch.no_grad():

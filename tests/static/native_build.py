@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.cpp.building import SHIPPED, build
 from tests.static.project import ROOT
 
+TARGETS = {"seqkernels_core.dir", "seqkernels.dir", "_native.dir"}
 BUILD_DIR = ROOT / "build" / "native"  # where setup.py compiles for an in-place install
 
 
@@ -18,21 +19,21 @@ def native_objects() -> dict[str, Path]:
     """Source -> up-to-date object; compiles what changed since the last `make native`.
 
     A source of csrc/cpu is named by its stem, any other by its path in csrc; the bindings are one
-    source, `unity`.
+    source, and so are the ops, each named by its target.
     """
     build(SHIPPED, ("_native",))
     entries = json.loads((BUILD_DIR / "compile_commands.json").read_text())
     return {
-        _name(Path(entry["file"])): Path(entry["directory"], entry["output"])
+        _name(Path(entry["file"]), entry["output"]): Path(entry["directory"], entry["output"])
         for entry in entries
-        if {"seqkernels_core.dir", "_native.dir"} & set(Path(entry["output"]).parts)
+        if TARGETS & set(Path(entry["output"]).parts)
         and Path(entry["directory"], entry["output"]).exists()
     }
 
 
-def _name(source: Path) -> str:
+def _name(source: Path, output: str) -> str:
     if not source.is_relative_to(ROOT / "csrc"):
-        return "unity"
+        return next(part for part in Path(output).parts if part in TARGETS)
     path = source.relative_to(ROOT / "csrc")
     return path.stem if path.parts[0] == "cpu" else str(path)
 
@@ -40,6 +41,10 @@ def _name(source: Path) -> str:
 def native_module() -> Path:
     (module,) = build(SHIPPED, ("_native",)).glob("_native*.so")
     return module
+
+
+def native_library() -> Path:
+    return build(SHIPPED, ("_native",)) / "libseqkernels.so"
 
 
 def run_tool(*command: str | Path) -> str:

@@ -1,4 +1,7 @@
-"""Imports point one way: nn -> ops -> backends -> native core; reference depends on torch alone."""
+"""Imports point one way: nn -> ops -> backends -> native core.
+
+The reference depends on torch and on the options' records alone, and these on nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +48,20 @@ def test_no_layer_imports_a_higher_one(layer: str) -> None:
         assert not {n for n in imported_modules(path) if within(n, *forbidden)}, path
 
 
-def test_reference_depends_on_torch_alone() -> None:
-    standard = ("__future__", "collections", "dataclasses", "functools", "math", "typing")
+STANDARD = ("__future__", "collections", "dataclasses", "functools", "math", "typing")
+
+
+def test_reference_depends_on_torch_and_options_alone() -> None:
+    allowed = ("torch", "seqkernels.reference", "seqkernels.options", *STANDARD)
     for path in files_of("reference"):
         names = imported_modules(path)
-        own = {n for n in names if within(n, "torch", "seqkernels.reference", *standard)}
-        assert names == own, path
+        assert names == {n for n in names if within(n, *allowed)}, path
+
+
+def test_options_depend_on_nothing() -> None:
+    """Building runs the file where neither torch nor this package is installed."""
+    names = imported_modules(PACKAGE / "options.py")
+    assert names == {n for n in names if within(n, "sys", "pathlib", *STANDARD)}
 
 
 def test_only_backends_import_the_native_module() -> None:
@@ -60,11 +71,14 @@ def test_only_backends_import_the_native_module() -> None:
 
 
 def test_native_core_includes_only_itself_and_the_system() -> None:
-    foreign = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h|cuda\w*\.h)')
+    foreign = re.compile(
+        r'#\s*include\s*(<torch|"torch/(csrc|headeronly|\w+\.h>)|[<"](ATen|c10|pybind11|Python\.h|'
+        r"cuda\w*\.h))"
+    )
     core = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp"}]
     assert core
     for path in core:
-        if path.name != "python_module.cpp" and path.parent.name != "bindings":
+        if path.parent.name != "bindings" and path.name != "python_module.cpp":
             assert not foreign.search(path.read_text()), path
 
 

@@ -11,12 +11,14 @@ import platform
 import re
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 from tests.static.native_build import (
     BUILD_DIR,
     disassembly,
+    native_library,
     native_module,
     native_objects,
     run_tool,
@@ -114,15 +116,32 @@ def test_no_shared_code_between_instruction_sets() -> None:
     assert not shared
 
 
+def symbols(path: Path, *options: str) -> list[str]:
+    lines = run_tool("nm", "--dynamic", *options, path).splitlines()
+    return [line.split()[-1].partition("@")[0] for line in lines]
+
+
 def test_module_exports_its_init_function_alone() -> None:
-    lines = run_tool("nm", "--dynamic", "--defined-only", native_module()).splitlines()
-    assert [line.split()[-1] for line in lines] == ["PyInit__native"]
+    assert symbols(native_module(), "--defined-only") == ["PyInit__native"]
 
 
-def test_module_needs_only_the_system() -> None:
+def test_library_exports_what_the_module_uses_alone() -> None:
+    shown = set(symbols(native_library(), "--defined-only"))
+    assert shown == {s for s in symbols(native_module(), "--undefined-only") if "seqkernels" in s}
+
+
+def test_library_links_to_nothing_of_torch() -> None:
+    """It looks the functions of torch's stable ABI up, so that one build serves every torch."""
+    foreign = [
+        s for s in symbols(native_library(), "--undefined-only") if re.search("torch|c10", s)
+    ]
+    assert foreign == []
+
+
+def test_module_and_library_need_only_the_system() -> None:
     """Neither torch, nor a CUDA library or driver, nor an OpenMP run-time of its own."""
-    needed = re.findall(
-        r"NEEDED\s+(\S+)", run_tool("objdump", "--private-headers", native_module())
-    )
     system = r"(libstdc\+\+|libgcc_s|libm|libc|libpthread|librt|libdl|ld-linux-x86-64)\.so\.\d+"
-    assert [name for name in needed if not re.fullmatch(system, name)] == []
+    for path, more in ((native_module(), ["libseqkernels.so"]), (native_library(), [])):
+        headers = run_tool("objdump", "--private-headers", path)
+        needed = re.findall(r"NEEDED\s+(\S+)", headers)
+        assert [name for name in needed if not re.fullmatch(system, name)] == more

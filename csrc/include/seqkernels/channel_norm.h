@@ -11,20 +11,25 @@
 
 namespace seqkernels {
 
-// fp32 and contiguous, one value a channel; null pointers are absent.
-struct ChannelNorm {
-  const float* mean = nullptr;  // null: there is no norm
-  const float* var = nullptr;
-  const float* weight = nullptr;  // null: 1
-  const float* bias = nullptr;    // null: 0
+struct NormShape {
+  bool present = false;
   float eps = 1e-5f;
   float min_var = 0.0f;
   float max_abs = std::numeric_limits<float>::infinity();
 
-  bool present() const { return mean != nullptr; }
   bool bounded() const {
     return min_var > 0.0f || max_abs < std::numeric_limits<float>::infinity();
   }
 };
+
+// fp32 and contiguous, one value per channel.
+struct NormParameters {
+  const float* mean = nullptr;
+  const float* var = nullptr;
+  const float* weight = nullptr;  // null: 1
+  const float* bias = nullptr;    // null: 0
+};
+
+struct ChannelNorm : NormShape, NormParameters {};
 
 }  // namespace seqkernels

@@ -6,29 +6,18 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <string>
 #include <vector>
 
-#include "seqkernels/activation.h"
+#include "seqkernels/options.h"
 
 namespace seqkernels {
 
-enum class Fusion : int { kNone = 0, kConcat = 1, kAppend = 2 };
-enum class Padding : int { kZero = 0, kCompute = 1, kExclude = 2 };
-
 // What the model fixes.
-struct EncoderShape {
+struct EncoderShape : EncoderModelOptions {
   int d_model = 0;
-  int nhead = 0;
   int dim_feedforward = 0;
   int num_layers = 0;
-  Activation activation = Activation::kRelu;
-  float negative_slope = 0.01f;
-  bool norm_first = false;
-  float layer_norm_eps = 1e-5f;
   bool has_final_norm = false;
-  float final_norm_eps = 1e-5f;
 
   int head_dim() const { return d_model / nhead; }
 };
@@ -58,7 +47,7 @@ struct EncoderParameters {
 
 // What one call brings. Strides count elements; the last dimension of x, candidate and out is
 // contiguous.
-struct EncoderCall {
+struct EncoderCall : EncoderCallOptions {
   const void* x = nullptr;  // [B, L, E] fp32 or bf16
   bool is_bf16 = false;     // of x, candidate and out
   int64_t batch = 0;        // B >= 1
@@ -80,15 +69,9 @@ struct EncoderCall {
   int64_t mask_stride_l = 0;
   const int64_t* lengths = nullptr;  // [B], 0 <= lengths[b] <= L
 
-  Fusion fusion = Fusion::kNone;
-  Padding padding = Padding::kZero;
   // [1], or null: where given, padding is kCompute if it is nonzero and else kZero. On a GPU the
   // kernel reads it, so the host does not wait for the device.
   const uint8_t* computes_padding = nullptr;
-  bool latest_last = false;
-  int64_t latest_k =
-      -1;  // -1: the full sequence [B, T, D]; else the summary [B, latest_k * D (+ D)]
-  bool pool_max = false;
 
   void* out = nullptr;
   int64_t out_stride_b = 0;
@@ -97,23 +80,22 @@ struct EncoderCall {
   int num_threads = 1;
 };
 
-// The parameters packed for one instruction set, and the kernel that reads them.
-// Errors are std::invalid_argument, before any work.
-class Encoder {
- public:
-  virtual ~Encoder() = default;
-  virtual void forward(const EncoderCall& call) const = 0;
-  virtual size_t packed_bytes() const = 0;
-  // As forward for calls with user_index. With fusion "concat" and norm last, what the first layer
-  // computes of the events alone is computed once for each user, see request_kernel.h.
-  virtual void score_request(const EncoderCall& call) const = 0;
-  // Bytes one thread needs beyond output and packed weights for sequences of `tokens` tokens (T
-  // above).
-  virtual size_t workspace_bytes(int64_t tokens) const = 0;
-};
+// `isa` is a set that runs here, see runnable_isa in processor.h. Errors are std::invalid_argument,
+// before any work.
 
-// Packs `parameters` for the named instruction set; they are not needed afterwards.
-std::unique_ptr<Encoder> make_encoder(const std::string& isa, const EncoderShape& shape,
-                                      const EncoderParameters& parameters);
+// Bytes of the parameters, packed for one instruction set.
+size_t encoder_packed_bytes(int isa, const EncoderShape& shape);
+
+// Packs `parameters` into so many bytes, aligned to 64; they are not needed afterwards.
+void pack_encoder(int isa, const EncoderShape& shape, const EncoderParameters& parameters,
+                  void* packed);
+
+// Runs a call. One with user_index and fusion "concat", norm last, computes what the first layer
+// makes of the events alone once for each user, see request_kernel.h.
+void run_encoder(int isa, const EncoderShape& shape, const void* packed, const EncoderCall& call);
+
+// Bytes one thread needs beyond output and packed weights for sequences of `tokens` tokens (T
+// above).
+size_t encoder_workspace_bytes(int isa, const EncoderShape& shape, int64_t tokens);
 
 }  // namespace seqkernels

@@ -7,25 +7,29 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <string>
 
-#include "seqkernels/activation.h"
 #include "seqkernels/channel_norm.h"
+#include "seqkernels/options.h"
 
 namespace seqkernels {
 
-// fp32 and contiguous; a null pointer is an absent parameter.
-struct LinearParameters {
+// What the layer fixes.
+struct LinearShape {
   int64_t in_features = 0;
   int64_t out_features = 0;
-  const float* weight = nullptr;  // [F, K]
-  const float* bias = nullptr;    // [F]
-  ChannelNorm input_norm;         // of K channels
-  ChannelNorm output_norm;        // of F channels
+  NormShape input_norm;   // of K channels
+  NormShape output_norm;  // of F channels
   Activation activation = Activation::kNone;
   float negative_slope = 0.01f;
-  bool fp32_operands = false;  // x and weight enter the product as they are, not rounded to bf16
+  Precision precision = Precision::kBf16;
+};
+
+// fp32 and contiguous; a null pointer is an absent parameter.
+struct LinearParameters {
+  const float* weight = nullptr;  // [F, K]
+  const float* bias = nullptr;    // [F]
+  NormParameters input_norm;
+  NormParameters output_norm;
 };
 
 // What one call brings. Strides count elements; rows of x and out are contiguous.
@@ -39,19 +43,20 @@ struct LinearCall {
   int num_threads = 1;
 };
 
-// The parameters packed for one instruction set, and the kernel that reads them.
-// Errors are std::invalid_argument, before any work.
-class Linear {
- public:
-  virtual ~Linear() = default;
-  virtual void forward(const LinearCall& call) const = 0;
-  virtual size_t packed_bytes() const = 0;
-  // Bytes one thread needs beyond output and packed weights, whatever the number of rows.
-  virtual size_t workspace_bytes() const = 0;
-};
+// `isa` is a set that runs here, see runnable_isa in processor.h; with precision "fp32", where the
+// set multiplies bf16 alone, the best one below it that multiplies fp32 runs. Errors are
+// std::invalid_argument, before any work.
 
-// Packs `parameters` for the named instruction set; they are not needed afterwards. With fp32
-// operands, where the set multiplies bf16 alone, for the best one below it that multiplies fp32.
-std::unique_ptr<Linear> make_linear(const std::string& isa, const LinearParameters& parameters);
+// Bytes of the parameters, packed for one instruction set.
+size_t linear_packed_bytes(int isa, const LinearShape& shape);
+
+// Packs `parameters` into so many bytes, aligned to 64; they are not needed afterwards.
+void pack_linear(int isa, const LinearShape& shape, const LinearParameters& parameters,
+                 void* packed);
+
+void run_linear(int isa, const LinearShape& shape, const void* packed, const LinearCall& call);
+
+// Bytes one thread needs beyond output and packed weights, whatever the number of rows.
+size_t linear_workspace_bytes(int isa, const LinearShape& shape);
 
 }  // namespace seqkernels

@@ -4,17 +4,13 @@
 // Letters: N rows, C channels, L positions.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <string>
 
-#include "seqkernels/activation.h"
 #include "seqkernels/channel_norm.h"
+#include "seqkernels/options.h"
 
 namespace seqkernels {
-
-namespace cpu {
-struct ResilientBatchNormKernelEntry;
-}
 
 // Strides count elements. A row is contiguous: one value of each channel, or with `channels_last`
 // false one channel at each position.
@@ -35,6 +31,8 @@ struct ResilientBatchNormCall {
   int64_t x_stride_row = 0;
 
   ChannelNorm norm;  // [C]
+  // What pack_channel_norm made of `norm`, whose arrays are then not read; null: made for the call.
+  const float* constants = nullptr;
   Activation activation = Activation::kNone;
   float negative_slope = 0.01f;
 
@@ -45,14 +43,12 @@ struct ResilientBatchNormCall {
   int num_threads = 1;
 };
 
-// The kernel of one instruction set. Errors are std::invalid_argument, before any work.
-class ResilientBatchNorm {
- public:
-  explicit ResilientBatchNorm(const std::string& isa);
-  void forward(const ResilientBatchNormCall& call) const;
+// Bytes of a norm's constants, and the constants: the CPU's kernels alone read them.
+size_t packed_channel_norm_bytes(int64_t channels);
+void pack_channel_norm(int64_t channels, const ChannelNorm& norm, void* packed);
 
- private:
-  const cpu::ResilientBatchNormKernelEntry& kernel_;
-};
+// On the kernel of a set that runs here, see runnable_isa in processor.h. Errors are
+// std::invalid_argument, before any work.
+void run_resilient_batch_norm(int isa, const ResilientBatchNormCall& call);
 
 }  // namespace seqkernels

@@ -7,20 +7,16 @@ import re
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import metadata
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from seqkernels.backends import gpu
-from seqkernels.backends.call import (
-    EncoderCall,
-    EncoderSize,
-    LinearCall,
-    ResilientBatchNormCall,
-)
+from seqkernels.backends.call import EncoderCall, LinearCall, ResilientBatchNormCall
+from seqkernels.backends.problem import Capability, Problem
 from seqkernels.backends.triton import batch_norm, encoder
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_NO_LINEAR = "there is no Triton kernel for linear layers; torch's own is as fast"
 _LOWEST = (3, 6)  # with which the tests pass
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
 
@@ -30,21 +26,22 @@ class TritonBackend:
 
     name = "triton"
     devices: tuple[str, ...] = ("cuda",)  # torch calls AMD GPUs so too
+    capabilities: ClassVar = {
+        "encoder": Capability(against_size=encoder.against_size),
+        "request_scoring": Capability(against_size=encoder.against_size),
+        "resilient_batch_norm": Capability(),
+        "linear": Capability(),
+    }
 
-    def not_supported_reasons(
-        self, op: str, device: str, dtype: torch.dtype, size: EncoderSize | None
-    ) -> list[str]:
-        """Every reason why it cannot run a call on tensors of this device type and dtype."""
+    def reasons(self, problem: Problem) -> list[str]:
+        """Every reason why it cannot run a problem, empty if it can."""
         reasons = list(unmet_by_triton())
-        if device not in self.devices:
-            reasons.append(f"tensors on {device}, it takes CUDA tensors")
+        if problem.device not in self.devices:
+            reasons.append(f"tensors on {problem.device}, it takes CUDA tensors")
         reasons += self.device_reasons()
-        if dtype not in _DTYPES:
-            reasons.append(f"dtype {dtype}, it takes float32 and bfloat16")
-        if op == "linear":
-            reasons.append("there is no Triton kernel for linear layers; torch's own is as fast")
-        elif size is not None:
-            reasons += encoder.not_supported_reasons(size.d_model, size.nhead)
+        reasons += self.capabilities[problem.op].reasons(problem)
+        if problem.op == "linear":
+            reasons.append(_NO_LINEAR)
         return reasons
 
     def device_reasons(self) -> list[str]:
@@ -60,18 +57,21 @@ class TritonBackend:
         return gpu.on(tensor)
 
     def encoder(self, call: EncoderCall, variant: str) -> Tensor:
-        """Write ``call.out``: two launches a layer, one more to share a user's part."""
-        with self.on(call.out):
+        """Run the op ``encoder`` or ``request_scoring``.
+
+        By 2 x num_layers launches, and one more where a request shares its users' parts.
+        """
+        with self.on(call.x):
             return encoder.run(call, variant)
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
-        """Write ``call.out`` by one launch."""
-        with self.on(call.out):
+        """Run the op ``resilient_batch_norm`` by one launch."""
+        with self.on(call.x):
             return batch_norm.run(call)
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
-        """There is none: `not_supported_reasons` says so."""
-        raise AssertionError("no kernel for linear layers")
+        """There is none: `reasons` says so."""
+        raise AssertionError(_NO_LINEAR)
 
 
 @lru_cache(maxsize=1)

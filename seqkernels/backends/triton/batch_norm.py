@@ -7,16 +7,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from seqkernels.backends.call import ResilientBatchNormCall
+from seqkernels.backends.call import ResilientBatchNormCall, new_norm_output, readable
 from seqkernels.backends.triton import configurations
-from seqkernels.reference.resilient_batch_norm import ACTIVATIONS, is_bounded
+from seqkernels.options import ACTIVATIONS, limit_of
+from seqkernels.reference.resilient_batch_norm import is_bounded
 
 
 def run(call: ResilientBatchNormCall) -> Tensor:
-    """Write ``call.out``."""
+    """The result of the op."""
     from seqkernels.backends.triton.kernels.batch_norm import batch_norm  # at the first call
 
-    x, mean, var, weight, bias, options, out = call
+    given, mean, var, weight, bias, options = call
+    x = readable(given)
+    out = new_norm_output(x)
+    limit = limit_of("resilient_batch_norm", options.max_abs)
     channels_last = x.dim() == 2 or x.stride(1) < x.stride(2)
     if x.dim() == 2:
         outer, rows, row, column = 1, x.shape[0], 0, 1
@@ -42,10 +46,10 @@ def run(call: ResilientBatchNormCall) -> Tensor:
         out_row_stride=out.stride(row),
         eps=options.eps,
         min_var=options.min_var,
-        limit=_toward_zero(options.max_abs),
+        limit=_toward_zero(limit),
         negative_slope=options.negative_slope,
         CHANNELS_LAST=channels_last,
-        BOUNDED=is_bounded(options.min_var, options.max_abs),
+        BOUNDED=is_bounded(options.min_var, limit),
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION=ACTIVATIONS.index(options.activation),

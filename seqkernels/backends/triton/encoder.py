@@ -13,37 +13,38 @@ from torch import Tensor
 
 from seqkernels.backends.call import EncoderCall
 from seqkernels.backends.encoder_weights import EncoderShape
+from seqkernels.backends.problem import EncoderSize
 from seqkernels.backends.triton import configurations
 from seqkernels.backends.triton.packing import PackedEncoder, pack
-from seqkernels.reference.resilient_batch_norm import ACTIVATIONS
+from seqkernels.options import ACTIVATIONS
 
 _FUSION = {"none": 0, "concat": 1, "append": 2}
-_PADDING = {"zero": 0, "compute": 1, "exclude": 2}
+_PADDING = {"zero": 0, "compute": 1, "exclude": 2, "stock": 0}  # stock: without a mask
 _BY_FLAG = 3
 _BY_MASK, _BY_LENGTH = 1, 2
 
 
-def not_supported_reasons(d_model: int, nhead: int) -> list[str]:
-    """Why the kernels do not take an encoder of this shape, empty if they do."""
+def against_size(size: EncoderSize) -> list[str]:
+    """Why the kernels do not take an encoder of these sizes, empty if they do."""
     reasons = []
-    if d_model > configurations.WIDEST_MODEL:
-        reasons.append(f"d_model {d_model}, it takes at most {configurations.WIDEST_MODEL}")
-    if d_model // nhead > configurations.WIDEST_HEAD:
-        reasons.append(
-            f"head_dim {d_model // nhead}, it takes at most {configurations.WIDEST_HEAD}"
-        )
+    if size.d_model > configurations.WIDEST_MODEL:
+        reasons.append(f"d_model {size.d_model}, it takes at most {configurations.WIDEST_MODEL}")
+    head_dim = size.d_model // size.nhead
+    if head_dim > configurations.WIDEST_HEAD:
+        reasons.append(f"head_dim {head_dim}, it takes at most {configurations.WIDEST_HEAD}")
     return reasons
 
 
 def run(call: EncoderCall, arch: str) -> Tensor:
-    """Write ``call.out``; NaN where a length or a user index is out of range."""
+    """The result; NaN where a length or a user index is out of range."""
     # Imported at the first call: a machine without Triton loses nothing before it.
     from seqkernels.backends.triton.kernels.attention import attention_long, attention_short
     from seqkernels.backends.triton.kernels.request_scoring import attention_shared, prepare_users
     from seqkernels.backends.triton.kernels.tail import tail_rows, tail_summary
 
+    call = _readable(call)
     shape: EncoderShape = call.weight_set.shape
-    options, out = call.options, call.out
+    options, out = call.options, call.new_output()
     nhead, d = options.nhead, shape.d_model
     splits = configurations.splits(d, nhead, shape.dim_feedforward)
     packed: PackedEncoder = call.weight_set.derived(
@@ -51,13 +52,13 @@ def run(call: EncoderCall, arch: str) -> Tensor:
     )
 
     users, length, width = call.x.shape
-    batch, tokens = out.shape[0], length + (call.fusion == "append")
+    batch, tokens = out.shape[0], length + (options.fusion == "append")
     stride = -(-d // 8) * 8  # rows of a workspace start at 16 bytes
     attended = out.new_empty((batch, tokens, stride), dtype=torch.bfloat16)
     between = attended.new_empty((batch, tokens, stride)) if shape.num_layers > 1 else attended
     blocks = configurations.attention(arch, tokens, d, d // nhead)
     is_long = tokens > configurations.LONGEST_BLOCK
-    arguments = _common(call, shape, packed, stride) | {"attended": attended}
+    arguments = _common(call, batch, shape, packed, stride) | {"attended": attended}
     if is_long:
         kept = configurations.architecture(arch).barrier_shows_writes
         rows = (batch, nhead, 2, tokens, packed.head.padded)
@@ -96,7 +97,7 @@ def run(call: EncoderCall, arch: str) -> Tensor:
         else:
             _launch(attention_short, batch * nhead, arguments, blocks)
 
-        is_summary = is_last and call.latest_k is not None
+        is_summary = is_last and options.latest_k is not None
         tail = configurations.tail(arch, d, packed.hidden, is_summary)
         target = out if is_last else between
         arguments |= {"out": target, "out_stride_b": target.stride(0)}
@@ -108,11 +109,28 @@ def run(call: EncoderCall, arch: str) -> Tensor:
     return out
 
 
+def _readable(call: EncoderCall) -> EncoderCall:
+    """The call with its tensors as the kernels read them."""
+    x, candidate = call.x, call.candidate
+    return call._replace(
+        x=x if x.stride(2) == 1 else x.contiguous(),
+        candidate=candidate
+        if candidate is None or candidate.stride(1) == 1
+        else candidate.contiguous(),
+        lengths=_whole(call.lengths),
+        user_index=_whole(call.user_index),
+    )
+
+
+def _whole(numbers: Tensor | None) -> Tensor | None:
+    return None if numbers is None else numbers.to(torch.int64).contiguous()
+
+
 def _shares_users(call: EncoderCall, d_model: int) -> bool:
     """Whether what the first layer computes of the events alone serves several candidates."""
     return (
         call.user_index is not None
-        and call.fusion == "concat"
+        and call.options.fusion == "concat"
         and not call.options.norm_first
         and d_model <= configurations.WIDEST_SHARED
     )
@@ -154,7 +172,7 @@ def _source(x: Tensor, width: int) -> dict[str, Any]:
 
 
 def _common(
-    call: EncoderCall, shape: EncoderShape, packed: PackedEncoder, stride: int
+    call: EncoderCall, batch: int, shape: EncoderShape, packed: PackedEncoder, stride: int
 ) -> dict[str, Any]:
     """Arguments of all layers. Where a tensor is absent, x stands in."""
     x, candidate, mask, lengths = call.x, call.candidate, call.mask, call.lengths
@@ -167,27 +185,27 @@ def _common(
         "mask": x if mask is None else mask,
         "mask_stride_b": 0 if mask is None else mask.stride(0),
         "mask_stride_t": 0 if mask is None else mask.stride(1),
-        "lengths": x if lengths is None else lengths.contiguous(),
+        "lengths": x if lengths is None else lengths,
         "computes_padding": x if flag is None else flag.view(torch.uint8),
         "final_norm": packed.final_norm,
-        "B": call.out.shape[0],
+        "B": batch,
         "U": x.shape[0],
         "L": length,
-        "T": length + (call.fusion == "append"),
+        "T": length + (options.fusion == "append"),
         "scale": packed.scale,
         "eps": options.layer_norm_eps,
         "final_eps": options.final_norm_eps,
         "negative_slope": options.negative_slope,
-        "latest_k": call.latest_k,
+        "latest_k": options.latest_k,
         "HEADS": options.nhead,
         "D": shape.d_model,
         "HEAD": shape.d_model // options.nhead,
-        "FUSION": _FUSION[call.fusion],
+        "FUSION": _FUSION[options.fusion],
         "USERS": call.user_index is not None,
         "VALIDITY": _BY_MASK if mask is not None else _BY_LENGTH if lengths is not None else 0,
-        "PADDING": _PADDING[call.padding] if flag is None else _BY_FLAG,
-        "LATEST_LAST": call.order == "latest_last",
-        "POOL": call.pool == "max",
+        "PADDING": _PADDING[options.padding] if flag is None else _BY_FLAG,
+        "LATEST_LAST": options.order == "latest_last",
+        "POOL": options.pool == "max",
         "NORM_FIRST": options.norm_first,
         "ACTIVATION": ACTIVATIONS.index(options.activation),
         "ROW_STRIDE": stride,

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import seqkernels.nn
-from seqkernels import backends
-from seqkernels.backends import cpu
-from seqkernels.backends.encoder_weights import LAYOUT
+from seqkernels.backends import native_module
 from seqkernels.benchmark.contestants import (
     Compiled,
     Eager,
@@ -34,6 +32,7 @@ from seqkernels.benchmark.workload import (
     Workload,
     both_ends,
 )
+from seqkernels.options import EncoderOptions
 from seqkernels.testing import EncoderCase
 
 #: All peers that a workload is measured against unless it names fewer.
@@ -117,51 +116,41 @@ class EncoderTask(Task):
         shape = tuple(problem.x.shape)
         return Expected(shape, rows, some.golden(), some.low_precision().double(), counts)
 
-    def packed(self, isa: str | None) -> Any:
-        """The native object that holds the weights as seqkernels packs them, or None."""
+    def packed(self, isa: str | None) -> tuple[Tensor, Tensor] | None:
+        """The weights as seqkernels packs them, behind what stands beside them, or None."""
         isa = chosen_isa(isa)
         if isa is None:
             return None
         problem = self.problem
-        options = backends.EncoderOptions(
-            *(problem.options[name] for name in backends.EncoderOptions._fields)
-        )
-        return cpu._pack(problem.weights, backends.lookup(LAYOUT, problem.weights), options, isa)
+        options = EncoderOptions(**problem.options)
+        return torch.ops.seqkernels.pack_encoder(list(problem.weights), *options, isa)  # type: ignore[no-any-return]
 
     def workspace_bytes(self, isa: str | None) -> int | None:
         """As the native module says."""
         packed = self.packed(isa)
-        return None if packed is None else int(packed.workspace_bytes(self.case.length, 0))
+        if packed is None:
+            return None
+        return int(torch.ops.seqkernels.encoder_workspace_bytes(packed[0], self.case.length))
 
 
 class Kernel(Contestant[EncoderTask]):
-    """The native call alone, on arguments made beforehand: what a module's call adds is known."""
+    """The native op alone, on weights packed beforehand: what a module's call adds is known."""
 
-    name, title = "seqkernels_kernel", "seqkernels, native call alone"
+    name, title = "seqkernels_kernel", "seqkernels, native op alone"
     ours = True
 
     def prepare(self, task: EncoderTask, workload: Workload) -> Runner:
-        """Write one output over and over."""
+        """Call the op on packed weights."""
         packed = task.packed(workload.isa)
         if packed is None:
-            raise Unavailable(str(cpu.import_error))
+            raise Unavailable(str(native_module.import_error))
         x, mask = task.problem.x, task.problem.key_padding_mask
-        forward = packed.forward
-        out = torch.empty_like(x)
-        # Fusion and the summary are off; a bool mask is one byte an entry.
-        masking = (0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
-        padding = ("zero", "compute").index(task.case.padding)
-        arguments = (
-            *(x.data_ptr(), False, *x.shape[:2], *x.stride()[:2]),
-            *(0, 0, 0, *masking, 0, 0, padding, False, -1, False),
-            *(out.data_ptr(), *out.stride()[:2], 0, 0, 0, workload.num_threads),
-        )
+        op = torch.ops.seqkernels.encoder_packed.default
 
         def call() -> Tensor:
-            forward(*arguments)
-            return out
+            return op(x, None, None, mask, None, None, *packed)  # type: ignore[no-any-return]
 
-        return Runner(call, note=f"cpu/{packed.isa}")
+        return Runner(call, note=f"cpu/{chosen_isa(workload.isa)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +165,8 @@ class EncoderWorkload(Workload):
     Examples
     --------
     >>> from seqkernels.benchmark import EncoderWorkload
-    >>> from seqkernels.testing import EncoderCase
+    >>> from seqkernels.options import EncoderOptions
+    from seqkernels.testing import EncoderCase
     >>> EncoderWorkload(id="small", group="doc", case=EncoderCase(batch=2)).multiply_adds()
     24883200
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import seqkernels.nn
-from seqkernels.backends import cpu
+from seqkernels.backends import native_module
 from seqkernels.benchmark.contestants import Compiled, Eager, Seqkernels, by_name, chosen_isa
 from seqkernels.benchmark.workload import (
     Contestant,
@@ -24,6 +24,8 @@ from seqkernels.benchmark.workload import (
     expected_of_stock,
     in_groups,
 )
+from seqkernels.nn.resilient_batch_norm import finite
+from seqkernels.options import ResilientBatchNormOptions
 
 #: Rows of the output that are held against fp64, and how many of them make a group for the rule.
 CHECKED, GROUP = 64, 16
@@ -81,33 +83,26 @@ def random_norm(mean: Tensor, var: Tensor, generator: torch.Generator) -> nn.Bat
 
 
 class Kernel(Contestant[BatchNormTask]):
-    """The native call alone, into memory that is there already."""
+    """The native op alone, on constants packed beforehand."""
 
-    name, title = "seqkernels_kernel", "seqkernels, native call alone"
+    name, title = "seqkernels_kernel", "seqkernels, native op alone"
     ours = True
 
     def prepare(self, task: BatchNormTask, workload: Workload) -> Runner:
-        """Write one output over and over."""
+        """Call the op on packed constants."""
         isa = chosen_isa(workload.isa)
         if isa is None:
-            raise Unavailable(str(cpu.import_error))
+            raise Unavailable(str(native_module.import_error))
         model = task.ours(task.dtype)
         norm, x = model.module, model.inputs["input"]
         assert isinstance(norm, seqkernels.nn.ResilientBatchNorm1d)
-        out = torch.empty_like(x)
-        kernel = cpu._batch_norm_kernel(isa)
         tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)  # [C] each
-        bounds = (norm.eps, norm.min_var, norm.max_abs)
-        is_bf16, (rows, channels) = x.dtype is torch.bfloat16, x.shape
+        options = ResilientBatchNormOptions(norm.eps, norm.min_var, finite(norm.max_abs))
+        packed = torch.ops.seqkernels.pack_resilient_batch_norm(*tensors, *options, isa)
+        op = torch.ops.seqkernels.resilient_batch_norm_packed.default
 
         def call() -> Tensor:
-            kernel.forward(
-                *(x.data_ptr(), is_bf16, True, 1, rows, channels, 0, channels),
-                *(0 if t is None else t.data_ptr() for t in tensors),
-                *(*bounds, "none", 0.0),
-                *(out.data_ptr(), 0, channels, workload.num_threads),
-            )
-            return out
+            return op(x, *packed)  # type: ignore[no-any-return]
 
         return Runner(call, note=f"cpu/{isa}")
 

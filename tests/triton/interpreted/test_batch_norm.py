@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqkernels import ops
 from seqkernels.reference import ChannelNorm
 from tests.backends.test_resilient_batch_norm import (
     BOUNDS,
@@ -17,7 +16,7 @@ from tests.backends.test_resilient_batch_norm import (
     hard_problem,
     lay_out,
 )
-from tests.channel_norms import channel_norm, rounded
+from tests.channel_norms import apply, channel_norm, rounded
 from tests.triton.runs import interpreted, launches
 
 SHAPES = [(37, 1), (97, 16), (64, 35), (5, 700), (9, 5, 100), (3, 33, 64), (3, 64, 1), (2, 2, 700)]
@@ -26,7 +25,7 @@ SHAPES = [(37, 1), (97, 16), (64, 35), (5, 700), (9, 5, 100), (3, 33, 64), (3, 6
 def run(x: Tensor, norm: ChannelNorm, activation: str = "none") -> Tensor:
     launches.clear()
     with interpreted(), torch.inference_mode():
-        result = ops.apply_resilient_batch_norm(x, *norm, activation, 0.2, "triton")
+        result = apply(x, norm, activation, "triton")
     assert launches == ["batch_norm"]
     assert result.dtype == x.dtype
     return result

@@ -1,0 +1,123 @@
+"""The shortest way from a module's ``forward`` to its native op.
+
+A call reads the module's parts, checks everything and packs the weights. A `Ready` keeps what came
+of it, together with a snapshot of all that was read: attributes, hooks, parameters and submodules
+of the modules, the tensors' memory, shapes and version counters, and what holds for the whole
+process. As long as nothing of that has changed, the next call goes straight to the op. What the op
+refuses goes the long way, which words the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seqkernels import backends, settings
+from seqkernels.backends import native_module, weights
+from seqkernels.nn import read
+from seqkernels.nn.owner import Owner
+from seqkernels.ops.library import nobody_listens
+
+_MOST_MISSES = 16
+
+
+class Ready(NamedTuple):
+    """A native op with its packed weights, and what they hold good for."""
+
+    op: Callable[..., Tensor]
+    packed: tuple[Tensor, Tensor]
+    label: str
+    dtype: torch.dtype  # of x
+    settings: settings.Settings
+    epoch: int
+    snapshot: Any
+    batch_first: bool = True
+
+    def run(self, *tensors: Tensor | None) -> Tensor | None:
+        """The op's result, or None for what it refuses."""
+        try:
+            result = self.op(*tensors, *self.packed)
+        except (ValueError, RuntimeError):
+            return None
+        backends.calls[self.label] += 1
+        return result
+
+    def encode(self, src: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The op ``encoder`` on torch's layouts of a batch; None for what it refuses."""
+        if src.dim() != 3 or not (mask is None or mask.dtype is torch.bool):
+            return None
+        if self.batch_first:
+            return self.run(src, None, None, mask, None, None)
+        out = self.run(src.transpose(0, 1), None, None, mask, None, None)
+        return None if out is None else out.transpose(0, 1)
+
+    def summarize(
+        self,
+        events: Tensor,
+        candidates: Tensor | None,
+        user_index: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor | None:
+        """The op ``encoder``, or with `user_index` ``request_scoring``; see `run`."""
+        if mask is not None and mask.dtype is not torch.bool:
+            return None
+        return self.run(events, candidates, user_index, mask, lengths, None)
+
+
+def ready_for(owner: Owner, x: Any) -> Ready | None:
+    """What the module keeps, if a call on `x` may go straight to the op."""
+    packed = owner.__dict__.get("_packed_weights")
+    if packed is None:
+        return None
+    ready: Ready | None = packed.ready
+    if (
+        ready is not None
+        and isinstance(x, Tensor)
+        and x.dtype is ready.dtype
+        and nobody_listens(x)
+        and ready.epoch == weights.epoch
+        and ready.settings is settings.current
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")  # whatever the device, in torch's encoder
+        and ready.snapshot.holds()
+    ):
+        packed.misses = 0
+        return ready
+    return None
+
+
+def keep(
+    owner: Owner,
+    x: Tensor,
+    parts: Iterable[nn.Module],
+    tensors: Sequence[Tensor | None],
+    make: Callable[[], backends.Native | None],
+    *,
+    batch_first: bool = True,
+) -> None:
+    """After a call on `x` that ran the native op: let the next one go straight to it.
+
+    Not where weights cannot be watched, nor for a module that is never twice the same.
+    """
+    native, packed = native_module.module, owner._packed
+    if native is None or not nobody_listens(x) or packed.misses > _MOST_MISSES:
+        return
+    present = [t for t in tensors if t is not None]
+    if any(t.is_inference() or weights.shares_storage(t) for t in present):
+        return
+    epoch, made = weights.epoch, make()
+    if made is None:
+        return
+    snapshot = native.Snapshot(
+        list(parts),
+        read.watched,
+        [(torch.backends.mha.__dict__, "_is_fastpath_enabled")],
+        read.watched_hooks(),
+        present,
+    )
+    packed.misses += 1
+    packed.ready = Ready(*made, x.dtype, settings.current, epoch, snapshot, batch_first)
