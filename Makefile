@@ -114,7 +114,7 @@ format: $(VENV)/.dev  ## let ruff and clang-format rewrite the sources
 native: $(VENV)/.native-for-tests  ## compile the native module where its sources changed
 
 clean:  ## remove build results; .venv stays
-	rm -rf build dist seqkernels.egg-info seqkernels/_native*.so seqkernels/libseqkernels.so $(VENV)/.native*
+	rm -rf build dist seqkernels.egg-info seqkernels/_native*.so seqkernels/lib $(VENV)/.native*
 
 # --- set-up ---------------------------------------------------------------------------------------
 

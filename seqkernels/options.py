@@ -222,5 +222,6 @@ if __name__ == "__main__":  # what csrc/torch/library.cpp includes
     import sys
     from pathlib import Path
 
-    lines = [f'{{"{op}", "{op}{schema}"}},\n' for op, schema in NATIVE_SCHEMAS.items()]
-    Path(sys.argv[1]).write_text("".join(lines))
+    for file, schemas in (("schemas", SCHEMAS), ("native_schemas", NATIVE_SCHEMAS)):
+        lines = [f'{{"{op}", "{op}{schema}"}},\n' for op, schema in schemas.items()]
+        Path(sys.argv[1], f"{file}.inc").write_text("".join(lines))

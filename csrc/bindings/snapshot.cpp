@@ -1,175 +1,255 @@
-// What a module's packed weights depend on, compared with what it was in a few microseconds: for
-// packed weights are right only as long as nothing has changed.
+// What a module's packed weights depend on, compared with what it was in a few microseconds: packed
+// weights are right only as long as nothing has changed.
 #include "bindings/snapshot.h"
 
+#include <cstdint>
 #include <utility>
 #include <vector>
+
+#include "cpu/content_hash.h"
 
 namespace py = pybind11;
 
 namespace seqkernels {
 namespace {
 
-// A dictionary and the values that it held, in their order. Values are compared by identity, which
-// finds every assignment.
-class Dictionary {
+// The dictionary of an object's attributes.
+py::object attributes_of(PyObject* object) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+// What a dictionary held, in its order. Values are compared by identity, which finds every
+// assignment; they are kept, so that none can be replaced by another at the same address.
+class Contents {
  public:
-  explicit Dictionary(py::dict dict) : dict_(std::move(dict)) {
+  // The value of `own` is not looked at.
+  explicit Contents(PyObject* dict, PyObject* own = nullptr) {
     PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t at = 0; PyDict_Next(dict_.ptr(), &at, &key, &value);) {
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+      const bool skipped = own && PyObject_RichCompareBool(key, own, Py_EQ) == 1;
       keys_.push_back(py::reinterpret_borrow<py::object>(key));
-      values_.push_back(py::reinterpret_borrow<py::object>(value));
+      values_.push_back(skipped ? py::object() : py::reinterpret_borrow<py::object>(value));
     }
   }
 
-  bool holds() const {
-    if (static_cast<size_t>(PyDict_Size(dict_.ptr())) != values_.size()) return false;
+  bool are_in(PyObject* dict) const {
+    if (static_cast<size_t>(PyDict_Size(dict)) != values_.size()) return false;
     PyObject *key = nullptr, *value = nullptr;
     size_t i = 0;
-    for (Py_ssize_t at = 0; PyDict_Next(dict_.ptr(), &at, &key, &value); ++i) {
-      if (value != values_[i].ptr() || key != keys_[i].ptr()) return false;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++i) {
+      if (key != keys_[i].ptr()) return false;
+      if (values_[i] && value != values_[i].ptr()) return false;
     }
     return true;
   }
 
   template <class Visit>
   void each(Visit visit) {
-    visit(dict_);
     for (py::object& key : keys_) visit(key);
     for (py::object& value : values_) visit(value);
   }
 
  private:
-  py::dict dict_;
   std::vector<py::object> keys_, values_;
+};
+
+// A module: its type, its attributes, and what is in those attributes that are dictionaries of
+// torch's.
+class Module {
+ public:
+  Module(PyObject* module, PyObject* own) : type_(Py_TYPE(module)) {
+    const py::object dict = attributes_of(module);
+    attributes_.emplace_back(dict.ptr(), own);
+    for (const char* name :
+         {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}) {
+      PyObject* const inner = PyDict_GetItemString(dict.ptr(), name);
+      if (inner && PyDict_Check(inner))
+        inner_.push_back({py::reinterpret_borrow<py::object>(inner), Contents(inner)});
+    }
+  }
+
+  bool is(PyObject* module) const {
+    if (Py_TYPE(module) != type_) return false;
+    const py::object dict = attributes_of(module);
+    if (!attributes_[0].are_in(dict.ptr())) return false;
+    for (const auto& [inner, contents] : inner_) {
+      if (!contents.are_in(inner.ptr())) return false;
+    }
+    return true;
+  }
+
+  template <class Visit>
+  void each(Visit visit) {
+    for (Contents& contents : attributes_) contents.each(visit);
+    for (auto& [inner, contents] : inner_) {
+      visit(inner);
+      contents.each(visit);
+    }
+  }
+
+ private:
+  PyTypeObject* type_;
+  std::vector<Contents> attributes_;  // one
+  std::vector<std::pair<py::object, Contents>> inner_;
 };
 
 struct Attribute {
   py::object owner, name, value;
 };
 
-struct Item {
-  py::dict owner;
-  py::object name, value;
-};
-
 class Snapshot {
  public:
-  // Of modules: their types, everything in their dictionaries, and in the dictionaries of
-  // parameters, buffers, submodules and hooks there. `attributes` holds (owner, name) of class
-  // attributes, `items` (dictionary, key) of globals, `empty` dictionaries that are to stay empty.
-  Snapshot(const py::list& modules, const py::list& attributes, const py::list& items,
-           const py::list& empty, const py::list& weights) {
+  // Of `owner` and the modules within it, of class attributes (owner, name, ...), of values in
+  // dictionaries (dictionary, key), of dictionaries that are empty, and of tensors: of their
+  // contents, where those are few and an edit may go uncounted, else of what an edit changes. The
+  // owner is not kept alive, since it keeps the snapshot in its attribute `own`.
+  Snapshot(const py::object& owner, const py::str& own, const py::list& modules,
+           const py::list& attributes, const py::list& items, const py::list& empty,
+           const py::list& tensors, bool by_contents)
+      : owner_address_(owner.ptr()), owner_(owner.ptr(), own.ptr()), by_contents_(by_contents) {
     for (const py::handle module : modules) {
-      types_.emplace_back(py::reinterpret_borrow<py::object>(module), Py_TYPE(module.ptr()));
-      const py::dict own = module.attr("__dict__");
-      dictionaries_.emplace_back(own);
-      for (const char* name :
-           {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}) {
-        if (own.contains(name) && py::isinstance<py::dict>(own[name]))
-          dictionaries_.emplace_back(own[name].cast<py::dict>());
-      }
+      if (module.ptr() == owner.ptr()) continue;
+      modules_.push_back(
+          {py::reinterpret_borrow<py::object>(module), Module(module.ptr(), nullptr)});
     }
     for (const py::handle pair : attributes) {
-      const py::object owner = pair[py::int_(0)], name = pair[py::int_(1)];
-      attributes_.push_back({owner, name, py::getattr(owner, name)});
+      const py::object kind = pair[py::int_(0)], name = pair[py::int_(1)];
+      attributes_.push_back({kind, name, py::getattr(kind, name)});
     }
     for (const py::handle pair : items) {
-      const py::dict owner = pair[py::int_(0)];
+      const py::dict dict = pair[py::int_(0)];
       const py::object name = pair[py::int_(1)];
-      items_.push_back({owner, name, owner[name]});
+      items_.push_back({dict, name, dict[name]});
     }
-    for (const py::handle dict : empty) empty_.push_back(py::reinterpret_borrow<py::dict>(dict));
-    for (const py::handle weight : weights) {
-      weights_.push_back(py::reinterpret_borrow<py::object>(weight));
-      seen_.push_back(look_at(weight.ptr()));
+    for (const py::handle dict : empty) empty_.push_back(py::reinterpret_borrow<py::object>(dict));
+    for (const py::handle tensor : tensors)
+      tensors_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    for (const py::object& tensor : tensors_) seen_.push_back(look_at(tensor.ptr()));
+    if (by_contents_) hash_ = content();
+  }
+
+  // False too for tensors that cannot be looked at any more.
+  bool holds(const py::object& owner) const {
+    try {
+      return is_as_it_was(owner);
+    } catch (const py::error_already_set&) {
+      return false;
     }
   }
 
-  bool holds() const {
-    for (const auto& [object, type] : types_) {
-      if (Py_TYPE(object.ptr()) != type) return false;
-    }
-    for (const Dictionary& dictionary : dictionaries_) {
-      if (!dictionary.holds()) return false;
-    }
-    for (const py::dict& dict : empty_) {
-      if (PyDict_Size(dict.ptr()) != 0) return false;
-    }
-    for (const Item& item : items_) {
-      if (PyDict_GetItem(item.owner.ptr(), item.name.ptr()) != item.value.ptr()) return false;
-    }
-    for (const Attribute& a : attributes_) {
-      const py::object now =
-          py::reinterpret_steal<py::object>(PyObject_GetAttr(a.owner.ptr(), a.name.ptr()));
-      if (!now) throw py::error_already_set();
-      if (now.ptr() != a.value.ptr()) return false;
-    }
-    for (size_t i = 0; i < weights_.size(); ++i) {
-      if (look_at(weights_[i].ptr()) != seen_[i]) return false;
-    }
-    return true;
-  }
-
-  // Visits every object that is held: a module holds its snapshot, and Python's collector has to
-  // see through it.
+  // Visits every object that is held, for Python's collector.
   template <class Visit>
   void each(Visit visit) {
-    for (auto& [object, type] : types_) visit(object);
-    for (Dictionary& dictionary : dictionaries_) dictionary.each(visit);
-    for (py::dict& dict : empty_) visit(dict);
-    for (Item& item : items_) {
-      visit(item.owner);
-      visit(item.name);
-      visit(item.value);
+    owner_.each(visit);
+    for (auto& [object, module] : modules_) {
+      visit(object);
+      module.each(visit);
     }
-    for (Attribute& a : attributes_) {
-      visit(a.owner);
-      visit(a.name);
-      visit(a.value);
+    for (std::vector<Attribute>* all : {&attributes_, &items_}) {
+      for (Attribute& a : *all) {
+        visit(a.owner);
+        visit(a.name);
+        visit(a.value);
+      }
     }
-    for (py::object& weight : weights_) visit(weight);
+    for (py::object& dict : empty_) visit(dict);
+    for (py::object& tensor : tensors_) visit(tensor);
+    for (Seen& seen : seen_) {
+      visit(seen.shape);
+      visit(seen.dtype);
+    }
   }
 
   void clear() {
-    types_.clear();
-    dictionaries_.clear();
-    empty_.clear();
-    items_.clear();
+    owner_address_ = nullptr;
+    modules_.clear();
     attributes_.clear();
-    weights_.clear();
+    items_.clear();
+    empty_.clear();
+    tensors_.clear();
+    seen_.clear();
   }
 
  private:
-  // What an edit of a tensor changes: an operation in place its version, `tensor.data = ...` one of
-  // the others. No reference to the tensor itself is held, which torch.utils.swap_tensors forbids.
+  // An operation in place changes the version, `tensor.data = ...` one of the others. No reference
+  // to the tensor itself is held, which torch.utils.swap_tensors forbids.
   struct Seen {
-    unsigned long long version, address, count;
-    bool contiguous;
-    bool operator==(const Seen&) const = default;
+    unsigned long long version, address;
+    py::object shape, dtype;
   };
-  Seen look_at(PyObject* weight) const {
-    return {number(PyObject_GetAttr(weight, version_.ptr())), called(weight, data_ptr_),
-            called(weight, numel_), called(weight, is_contiguous_) != 0};
+
+  bool is_as_it_was(const py::object& owner) const {
+    if (owner.ptr() != owner_address_ || !owner_.is(owner.ptr())) return false;
+    for (const auto& [object, module] : modules_) {
+      if (!module.is(object.ptr())) return false;
+    }
+    for (const py::object& dict : empty_) {
+      if (PyDict_Size(dict.ptr()) != 0) return false;
+    }
+    for (const Attribute& item : items_) {
+      if (PyDict_GetItem(item.owner.ptr(), item.name.ptr()) != item.value.ptr()) return false;
+    }
+    for (const Attribute& a : attributes_) {
+      if (!attribute(a.owner.ptr(), a.name).is(a.value)) return false;
+    }
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      PyObject* const tensor = tensors_[i].ptr();
+      const Seen& seen = seen_[i];
+      if (called(tensor, data_ptr_) != seen.address ||
+          !attribute(tensor, shape_).equal(seen.shape) ||
+          !attribute(tensor, dtype_).is(seen.dtype) || called(tensor, is_contiguous_) == 0) {
+        return false;
+      }
+      if (!by_contents_ && number(PyObject_GetAttr(tensor, version_.ptr())) != seen.version)
+        return false;
+    }
+    return !by_contents_ || content() == hash_;
   }
-  static unsigned long long called(PyObject* object, const py::str& method) {
-    return number(PyObject_CallMethodNoArgs(object, method.ptr()));
+
+  Seen look_at(PyObject* tensor) const {
+    const unsigned long long version =
+        by_contents_ ? 0 : number(PyObject_GetAttr(tensor, version_.ptr()));
+    return {version, called(tensor, data_ptr_), attribute(tensor, shape_),
+            attribute(tensor, dtype_)};
+  }
+
+  uint64_t content() const {
+    std::vector<cpu::MemoryBlock> blocks;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const auto bytes = called(tensors_[i].ptr(), nbytes_, false);
+      blocks.push_back(
+          {reinterpret_cast<const void*>(static_cast<uintptr_t>(seen_[i].address)), bytes});
+    }
+    return cpu::content_hash(blocks);
+  }
+
+  static py::object attribute(PyObject* object, const py::object& name) {
+    const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
+    if (!found) throw py::error_already_set();
+    return found;
+  }
+  static unsigned long long called(PyObject* object, const py::str& name, bool is_method = true) {
+    return number(is_method ? PyObject_CallMethodNoArgs(object, name.ptr())
+                            : PyObject_GetAttr(object, name.ptr()));
   }
   static unsigned long long number(PyObject* given) {
-    const py::object owned = py::reinterpret_steal<py::object>(given);
+    const auto owned = py::reinterpret_steal<py::object>(given);
     if (!owned) throw py::error_already_set();
     return PyLong_AsUnsignedLongLongMask(owned.ptr());
   }
 
-  std::vector<std::pair<py::object, PyTypeObject*>> types_;
-  std::vector<Dictionary> dictionaries_;
-  std::vector<py::dict> empty_;
-  std::vector<Item> items_;
-  std::vector<Attribute> attributes_;
-  std::vector<py::object> weights_;
+  const py::str version_{"_version"}, data_ptr_{"data_ptr"}, shape_{"shape"}, dtype_{"dtype"},
+      is_contiguous_{"is_contiguous"}, nbytes_{"nbytes"};
+  const void* owner_address_;
+  Module owner_;
+  bool by_contents_;
+  std::vector<std::pair<py::object, Module>> modules_;
+  std::vector<Attribute> attributes_, items_;
+  std::vector<py::object> empty_, tensors_;
   std::vector<Seen> seen_;
-  const py::str version_{"_version"}, data_ptr_{"data_ptr"}, numel_{"numel"},
-      is_contiguous_{"is_contiguous"};
+  uint64_t hash_ = 0;
 };
 
 bool is_constructed(PyObject* self) {
@@ -198,11 +278,11 @@ void bind_snapshot(py::module_& m) {
     };
   });
   py::class_<Snapshot>(m, "Snapshot", collected, "What packed weights depend on, as it was.")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&,
-                    const py::list&>(),
-           py::arg("modules"), py::arg("attributes"), py::arg("items"), py::arg("empty"),
-           py::arg("weights"))
-      .def("holds", &Snapshot::holds, "Whether nothing has changed.");
+      .def(py::init<const py::object&, const py::str&, const py::list&, const py::list&,
+                    const py::list&, const py::list&, const py::list&, bool>(),
+           py::arg("owner"), py::arg("own"), py::arg("modules"), py::arg("attributes"),
+           py::arg("items"), py::arg("empty"), py::arg("tensors"), py::arg("by_contents"))
+      .def("holds", &Snapshot::holds, py::arg("owner"), "Whether nothing has changed.");
 }
 
 }  // namespace seqkernels

@@ -21,6 +21,8 @@ struct EncoderModel {
   EncoderShape shape;
   EncoderCallOptions options;
   int64_t packed_bytes = 0;
+
+  bool operator==(const EncoderModel&) const = default;
 };
 
 // Shapes are read off the weights; absent ones are null.
@@ -181,6 +183,14 @@ inline EncoderCall call_of(const EncoderTensors& t, const Tensor& out) {
   return call;
 }
 
+// The model of weights, which are then packed; an instruction set and packed_bytes are to be set.
+inline EncoderModel model_of(const HostWeights& weights, const EncoderOptions& options) {
+  EncoderModel model;
+  model.shape = shape_of(weights, options);
+  model.options = options;
+  return model;
+}
+
 // The arguments of an op that packs.
 struct PackedEncoder {
   EncoderModel model;
@@ -195,13 +205,24 @@ inline PackedEncoder take_weights(Value* stack, bool has_isa) {
   arguments.options(options);
   const std::string isa = has_isa ? arguments.text() : "";
   arguments.done();
-  PackedEncoder made{{}, isa, HostWeights(std::move(given))};
-  made.model.shape = shape_of(made.weights, options);
-  made.model.options = options;
-  return made;
+  HostWeights weights(std::move(given));
+  EncoderModel model = model_of(weights, options);
+  return {model, isa, std::move(weights)};
 }
 
-// Takes the arguments of encoder_packed, checked.
+// Checks the tensors of a call, and makes of them what a kernel reads.
+inline void prepare(EncoderTensors& t) {
+  const std::string op = t.op();
+  check_packed(op, t.packed, t.model.packed_bytes);
+  check_tensors(t);
+  is_bf16(op, t.x);
+  t.x = readable(std::move(t.x));
+  if (t.candidate) t.candidate = readable(std::move(*t.candidate));
+  if (t.lengths) t.lengths = whole_numbers(op, "lengths", std::move(*t.lengths));
+  if (t.user_index) t.user_index = whole_numbers(op, "user_index", std::move(*t.user_index));
+}
+
+// Takes the arguments of encoder_packed.
 inline EncoderTensors take_tensors(Arguments& arguments) {
   Tensor x = arguments.tensor();
   OptionalTensor optional[5];
@@ -215,14 +236,7 @@ inline EncoderTensors take_tensors(Arguments& arguments) {
                    std::move(optional[4]),
                    from_bytes<EncoderModel>("encoder", model),
                    arguments.tensor()};
-  const std::string op = t.op();
-  check_packed(op, t.packed, t.model.packed_bytes);
-  check_tensors(t);
-  is_bf16(op, t.x);
-  t.x = readable(std::move(t.x));
-  if (t.candidate) t.candidate = readable(std::move(*t.candidate));
-  if (t.lengths) t.lengths = whole_numbers(op, "lengths", std::move(*t.lengths));
-  if (t.user_index) t.user_index = whole_numbers(op, "user_index", std::move(*t.user_index));
+  prepare(t);
   return t;
 }
 

@@ -1,7 +1,9 @@
 // Registers the ops with torch when the library is loaded into a process that has it.
 #include "seqkernels/library.h"
 
+#include <iterator>
 #include <stdexcept>
+#include <vector>
 
 #include "torch/ops.h"
 
@@ -27,8 +29,8 @@ struct Implementation {
   Kernel kernel;
 };
 
-constexpr Schema kSchemas[] = {
-#include "schemas.inc"
+constexpr Schema kNativeSchemas[] = {
+#include "native_schemas.inc"
 };
 
 // Packing takes weights on any device.
@@ -52,20 +54,68 @@ constexpr Implementation kImplementations[] = {
 #endif
 };
 
+#if !defined(SEQKERNELS_HOST_EMULATION)
+constexpr Schema kSchemas[] = {
+#include "schemas.inc"
+};
+constexpr Implementation kOnWeights[] = {
+    {"encoder", "CPU", encoder},
+    {"request_scoring", "CPU", request_scoring},
+    {"linear", "CPU", linear},
+    {"resilient_batch_norm", "CPU", resilient_batch_norm},
+};
+#endif
+
+// Owns registrations: they go with it.
+class Registrations {
+ public:
+  void define(const Schema* first, const Schema* end) {
+    LibraryHandle library = nullptr;
+    SEQKERNELS_TORCH(aoti_torch_library_init_fragment, SEQKERNELS_OPS_NAMESPACE, __FILE__, __LINE__,
+                     &library);
+    libraries_.push_back(library);
+    for (; first != end; ++first) SEQKERNELS_TORCH(aoti_torch_library_def, library, first->schema);
+  }
+  void implement(const Implementation* first, const Implementation* end) {
+    for (; first != end; ++first) {
+      LibraryHandle library = nullptr;
+      SEQKERNELS_TORCH(aoti_torch_library_init_impl, SEQKERNELS_OPS_NAMESPACE, first->key, __FILE__,
+                       __LINE__, &library);
+      libraries_.push_back(library);
+      SEQKERNELS_TORCH(torch_library_impl, library, first->op, first->kernel, kVersion);
+    }
+  }
+  void withdraw() {
+    while (!libraries_.empty()) {  // implementations before what they implement
+      torch.aoti_torch_delete_library_object(libraries_.back());
+      libraries_.pop_back();
+    }
+  }
+
+ private:
+  std::vector<LibraryHandle> libraries_;
+};
+
+// They live as long as the process.
+Registrations& native_ops() {
+  static Registrations* const made = new Registrations;
+  return *made;
+}
+Registrations& ops_on_weights() {
+  static Registrations* const made = new Registrations;
+  return *made;
+}
+
 std::string register_ops() {
   const std::string error = load_functions();
   if (!error.empty()) return error;
   try {
-    // What registers owns the registration; it lives as long as the process, like the ops.
-    const char* const name = SEQKERNELS_OPS_NAMESPACE;
-    LibraryHandle schemas = nullptr;
-    SEQKERNELS_TORCH(aoti_torch_library_init_fragment, name, __FILE__, __LINE__, &schemas);
-    for (const Schema& s : kSchemas) SEQKERNELS_TORCH(aoti_torch_library_def, schemas, s.schema);
-    for (const Implementation& i : kImplementations) {
-      LibraryHandle kernels = nullptr;
-      SEQKERNELS_TORCH(aoti_torch_library_init_impl, name, i.key, __FILE__, __LINE__, &kernels);
-      SEQKERNELS_TORCH(torch_library_impl, kernels, i.op, i.kernel, kVersion);
-    }
+    native_ops().define(std::begin(kNativeSchemas), std::end(kNativeSchemas));
+    native_ops().implement(std::begin(kImplementations), std::end(kImplementations));
+#if !defined(SEQKERNELS_HOST_EMULATION)
+    ops_on_weights().define(std::begin(kSchemas), std::end(kSchemas));
+    ops_on_weights().implement(std::begin(kOnWeights), std::end(kOnWeights));
+#endif
   } catch (const std::exception& e) {
     return e.what();
   }
@@ -78,6 +128,10 @@ const std::string kError = register_ops();
 
 const std::string& ops_error() {
   return kError;
+}
+
+void withdraw_ops_on_weights() {
+  ops_on_weights().withdraw();
 }
 
 }  // namespace seqkernels

@@ -1,8 +1,9 @@
-// The ops pack_linear and linear_packed.
+// The linear layer's ops on the CPU.
 #include "seqkernels/linear.h"
 
 #include "seqkernels/processor.h"
 #include "torch/checks.h"
+#include "torch/kept.h"
 #include "torch/norms.h"
 #include "torch/ops.h"
 
@@ -15,6 +16,8 @@ struct LinearModel {
   int isa = -1;
   LinearShape shape;
   int64_t packed_bytes = 0;
+
+  bool operator==(const LinearModel&) const = default;
 };
 
 // Four tensors of a norm, from number `first` on.
@@ -29,22 +32,11 @@ NormParameters norm_of(const HostWeights& weights, size_t first, int64_t channel
           weights.data(first + 3)};
 }
 
-}  // namespace
-
-// pack_linear(Tensor?[] weights, <options>, str isa) -> (Tensor model, Tensor packed)
-void pack_linear(Value* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  std::vector<OptionalTensor> given = arguments.tensors();
-  LinearOptions options;
-  arguments.options(options);
-  const std::string isa = arguments.text();
-  arguments.done();
-
-  const HostWeights weights(std::move(given));
+// The model of a layer's tensors, but for its instruction set.
+LinearModel model_of(const HostWeights& weights, const LinearOptions& options) {
   if (weights.count() != 10 || !weights[0] || weights[0]->dim() != 2)
     refuse("linear", "weights: expected a matrix, a bias and four tensors for each norm");
   LinearModel model;
-  model.isa = runnable_isa(isa);
   LinearShape& shape = model.shape;
   shape.out_features = weights[0]->size(0);
   shape.in_features = weights[0]->size(1);
@@ -56,27 +48,24 @@ void pack_linear(Value* stack, uint64_t, uint64_t) {
   if (weights[1] && (weights[1]->dim() != 1 || weights[1]->size(0) != shape.out_features))
     refuse("linear",
            "weights: expected a bias like the rows of weight, got " + weights[1]->shape());
+  return model;
+}
+
+// Packs for the model's instruction set.
+Tensor pack(LinearModel& model, const HostWeights& weights) {
+  const LinearShape& shape = model.shape;
   const LinearParameters parameters{weights.data(0), weights.data(1),
                                     norm_of(weights, 2, shape.in_features),
                                     norm_of(weights, 6, shape.out_features)};
   model.packed_bytes = static_cast<int64_t>(linear_packed_bytes(model.isa, shape));
   Tensor packed = host_bytes(model.packed_bytes);
   seqkernels::pack_linear(model.isa, shape, parameters, packed.mutable_data<void>());
-  stack[0] = as_bytes(model).release();
-  stack[1] = packed.release();
+  return packed;
 }
 
-// linear_packed(Tensor x, Tensor model, Tensor packed) -> Tensor
-void linear_packed(Value* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  Tensor x = arguments.tensor();
-  const Tensor bytes = arguments.tensor();
-  const Tensor packed = arguments.tensor();
-
-  const LinearModel model = from_bytes<LinearModel>("linear", bytes);
-  check_packed("linear", packed, model.packed_bytes);
-  const int64_t dim = x.dim(), in = model.shape.in_features,
-                out_features = model.shape.out_features;
+Tensor run(Tensor x, const LinearModel& model, const Tensor& packed) {
+  const int64_t dim = x.dim(), in = model.shape.in_features;
+  const int64_t out_features = model.shape.out_features;
   if (dim == 0 || x.size(dim - 1) != in) {
     refuse("linear",
            "x: expected last dimension " + std::to_string(in) + " (in_features), got " + x.shape());
@@ -95,7 +84,53 @@ void linear_packed(Value* stack, uint64_t, uint64_t) {
   call.out_stride = out_features;
   call.num_threads = num_threads();
   run_linear(model.isa, model.shape, packed.data<void>(), call);
-  stack[0] = out.release();
+  return out;
+}
+
+}  // namespace
+
+void pack_linear(Value* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  std::vector<OptionalTensor> given = arguments.tensors();
+  LinearOptions options;
+  arguments.options(options);
+  const std::string isa = arguments.text();
+  arguments.done();
+
+  const HostWeights weights(std::move(given));
+  LinearModel model = model_of(weights, options);
+  model.isa = runnable_isa(isa);
+  Tensor packed = pack(model, weights);
+  stack[0] = as_bytes(model).release();
+  stack[1] = packed.release();
+}
+
+void linear_packed(Value* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Tensor x = arguments.tensor();
+  const Tensor bytes = arguments.tensor();
+  const Tensor packed = arguments.tensor();
+  const LinearModel model = from_bytes<LinearModel>("linear", bytes);
+  check_packed("linear", packed, model.packed_bytes);
+  stack[0] = run(std::move(x), model, packed).release();
+}
+
+void linear(Value* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Tensor x = arguments.tensor();
+  std::vector<OptionalTensor> given = arguments.tensors();
+  LinearOptions options;
+  arguments.options(options);
+  const std::string backend = arguments.text();
+  arguments.done();
+  check_backend("linear", backend);
+
+  const HostWeights weights(std::move(given));
+  LinearModel model = model_of(weights, options);
+  model.isa = default_isa();
+  static KeptWeights<LinearModel> kept;
+  const auto found = kept.find(weights, model, [&](LinearModel& m) { return pack(m, weights); });
+  stack[0] = run(std::move(x), found->model, found->packed).release();
 }
 
 }  // namespace seqkernels::torch_abi

@@ -48,7 +48,9 @@ constexpr uint64_t kVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);
     int32_t, TensorHandle*)                                                                       \
   X(aoti_torch_copy_, Status, TensorHandle, TensorHandle, int32_t)                                \
   X(aoti_torch_zero_, Status, TensorHandle)                                                       \
+  X(aoti_torch_new_tensor_handle, Status, TensorHandle, TensorHandle*)                            \
   X(aoti_torch_delete_tensor_object, Status, TensorHandle)                                        \
+  X(aoti_torch_delete_library_object, Status, LibraryHandle)                                      \
   X(aoti_torch_create_device_guard, Status, int32_t, DeviceGuardHandle*)                          \
   X(aoti_torch_delete_device_guard, Status, DeviceGuardHandle)                                    \
   X(aoti_torch_library_init_fragment, Status, const char*, const char*, uint32_t, LibraryHandle*) \

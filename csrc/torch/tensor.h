@@ -70,6 +70,12 @@ class Tensor {
     return static_cast<T*>(get<void*>(torch.torch_get_mutable_data_ptr));
   }
 
+  // Another reference to the same tensor.
+  Tensor another() const {
+    TensorHandle made = nullptr;
+    SEQKERNELS_TORCH(aoti_torch_new_tensor_handle, handle_, &made);
+    return Tensor(made);
+  }
   // A contiguous copy.
   Tensor as(int32_t dtype, int32_t device_type, int32_t device_index) const {
     Tensor made = empty({sizes(), sizes() + dim()}, dtype, device_type, device_index);

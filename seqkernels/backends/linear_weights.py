@@ -87,4 +87,4 @@ def _check(name: str, t: Tensor | None, expected: tuple[int, ...], device: torch
         )
 
 
-LAYOUT = WeightLayout("linear", lambda index, count: NAMES[index], read_shape)
+LAYOUT = WeightLayout("linear", lambda index, count: NAMES[index], read_shape, slice(2, 10))

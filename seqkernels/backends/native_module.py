@@ -52,6 +52,8 @@ except Exception as error:  # a broken build must not keep the reference from wo
         + "".join(traceback.format_exception_only(error)).strip()
         + "; rebuild it with `pip install --force-reinstall --no-deps .`"
     )
+if module is not None:
+    module.withdraw_ops_on_weights()  # seqkernels.ops registers them for every backend
 if module is not None and module.ops_error():
     import_error = f"the native library could not register its ops: {module.ops_error()}"
     module = None

@@ -43,6 +43,7 @@ _stride = Tensor.stride
 _version = attrgetter("_version")
 _shape = attrgetter("shape")
 _dtype = attrgetter("dtype")
+_is_inference = Tensor.is_inference
 
 
 class WeightLayout(NamedTuple):
@@ -51,6 +52,8 @@ class WeightLayout(NamedTuple):
     op: str
     name: Callable[[int, int], str]  # of the weight at an index among so many
     read: Callable[[Sequence[Tensor | None]], Any]  # checks them and returns their sizes
+    # Those that are statistics of batch norms, which torch's own kernels update uncounted.
+    statistics: slice = slice(0)
 
 
 Weights = Sequence[Tensor | None]
@@ -86,7 +89,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 _watches_optimizers = False
 
 
-def _watch_optimizers() -> None:
+def watch_optimizers() -> None:
     """Let every optimizer's step count as a change, once there is something to compare."""
     global _watches_optimizers
     if not _watches_optimizers:
@@ -94,14 +97,15 @@ def _watch_optimizers() -> None:
         register_optimizer_step_post_hook(lambda *_: recheck_weights())
 
 
+def _given(weights: Weights) -> list[Tensor]:
+    return [w for w in weights if w is not None]
+
+
 def _fingerprint(present: list[Tensor]) -> tuple[list[Any], ...] | None:
     """What an edit changes, None for tensors that do not count their versions."""
-    try:
-        versions = list(map(_version, present))
-    except RuntimeError:
-        if not any(w.is_inference() for w in present):
-            raise
+    if any(map(_is_inference, present)):  # also a parameter whose data is such a tensor's
         return None
+    versions = list(map(_version, present))
     return (
         list(map(_data_ptr, present)),
         versions,
@@ -132,6 +136,11 @@ _native_hash: Callable[[list[int], list[int]], int] | None = getattr(
 )
 
 
+def can_be_watched(weight: Tensor) -> bool:
+    """Whether every edit that torch counts shows on the tensor itself."""
+    return not weight.is_inference() and weight.is_contiguous() and not shares_storage(weight)
+
+
 def shares_storage(weight: Tensor) -> bool:
     """Whether its storage holds more than the weight."""
     return weight.untyped_storage().nbytes() != weight.numel() * weight.element_size()
@@ -146,6 +155,8 @@ class WeightSet:
         "_derived",
         "_epoch",
         "_fingerprint",
+        "_statistics",
+        "_statistics_content",
         "_storages",
         "_watched",
         "shape",
@@ -159,20 +170,22 @@ class WeightSet:
                     f"{layout.op}: weights: expected a plain tensor for "
                     f"{layout.name(index, len(weights))}, got a {type(weight).__name__}"
                 )
-        present = [w for w in weights if w is not None]
+        present = _given(weights)
         # In this order: a change while this runs is noticed by the next call.
         self._epoch = epoch
         self._fingerprint = _fingerprint(present)
         self._content = _content(present)
+        self._statistics = layout.statistics
+        self._statistics_content = _content(_given(weights[layout.statistics]))
         # Held so that no other storage can come to lie at an address seen before.
         self._storages = [w.untyped_storage() for w in present]
         self._watched = self._fingerprint is None or any(map(shares_storage, present))
         self._derived: dict[Hashable, Any] = {}
-        _watch_optimizers()
+        watch_optimizers()
 
     def is_current(self, weights: Weights) -> bool:
         """Whether these weights, the same tensors as at first, still are what they were."""
-        present = [w for w in weights if w is not None]
+        present = _given(weights)
         if self._fingerprint is not None and self._fingerprint != _fingerprint(present):
             return False
         now = epoch
@@ -180,7 +193,8 @@ class WeightSet:
             if self._content is None or self._content != _content(present):
                 return False
             self._epoch = now
-        return True
+        statistics = _given(weights[self._statistics])
+        return not statistics or self._statistics_content == _content(statistics)
 
     def derived(self, key: Hashable, make: Callable[..., Any], *arguments: Any) -> Any:
         """What `make(*arguments)` returned for `key`; made by one thread, once."""

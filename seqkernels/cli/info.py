@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -70,6 +71,7 @@ def _native_module() -> list[tuple[str, ...]]:
     return [
         ("built", "yes"),
         ("file", str(native.__file__)),
+        ("library", str(Path(native.__file__).parent / "lib" / "libseqkernels.so")),
         ("processor", native.processor()),
         *native.build_info().items(),
         ("CUDA kernels", getattr(native, "cuda_build", None) or not_built_reason()),

@@ -12,7 +12,7 @@ from seqkernels import backends, ops
 from seqkernels.backends.encoder_weights import PER_LAYER
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner
-from seqkernels.nn.ready import keep
+from seqkernels.nn.ready import Made, keep
 from seqkernels.ops.encoder_checks import split_mask
 
 
@@ -48,21 +48,28 @@ def run_op(
         out = out.to(_autocast_dtype(module, src, r))
     if unbatched:
         return out.squeeze(0)
-    return out if r.batch_first else out.transpose(0, 1)
+    return (out if r.batch_first else out.transpose(0, 1)).contiguous()  # as torch's is
 
 
-def keep_encoder(module: EncoderModule, src: Tensor, r: read.Encoder, padding: str) -> None:
+def keep_encoder(
+    module: EncoderModule,
+    src: Tensor,
+    r: read.Encoder,
+    read_again: Callable[[], tuple[read.Encoder, str] | None],
+) -> None:
     """After a call: let the next one on a batch go straight to the op."""
+
+    def make() -> Made:
+        again = read_again()
+        if again is None or again[0].batch_first != r.batch_first or again[0].norm_outside:
+            return None
+        now, padding = again
+        options = now.options._replace(padding=padding)
+        kernel = ops.native_encoder(module, now.weights, src.dtype, options, module.backend)
+        return now.weights, kernel
+
     if src.dim() == 3:
-        options = r.options._replace(padding=padding)
-        keep(
-            module,
-            src,
-            module.modules(),
-            r.weights,
-            lambda: ops.native_encoder(module, r.weights, src.dtype, options, module.backend),
-            batch_first=r.batch_first,
-        )
+        keep(module, src, module.modules(), r.weights, make, batch_first=r.batch_first)
 
 
 def _autocast_dtype(module: nn.Module, src: Tensor, r: read.Encoder) -> torch.dtype:

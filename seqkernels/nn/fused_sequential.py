@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,6 +137,8 @@ class FusedSequential(Owner, nn.Sequential):
             self.training
             or read.wants_plain_operations()
             or not isinstance(input, Tensor)
+            or input.is_nested
+            or input.layout is not torch.strided
             or input.dim() != 2
             or read.process_reasons()
         ):

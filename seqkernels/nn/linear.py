@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
-from seqkernels.nn.ready import keep, ready_for
+from seqkernels.nn.ready import Made, keep, ready_for
 from seqkernels.options import PRECISIONS, LinearOptions, check_choice
 
 _NO_NORMS: list[Tensor | None] = [None] * 8
@@ -117,29 +117,42 @@ class Linear(Owner, nn.Linear):
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        if self.training or read.wants_plain_operations() or read.computed_weight_reasons(self):
-            reasons = self.fallback_reasons()
+        if (
+            self.training
+            or read.wants_plain_operations()
+            or read.computed_weight_reasons(self)
+            or read.class_reasons(nn.Linear)
+            or input.is_nested
+            or input.layout is not torch.strided
+        ):
+            reasons = self.fallback_reasons(input)
             # Training with gradients is what the definition is for, not a fallback.
             if not (self.training and torch.is_grad_enabled()):
                 backends.report_fallback("linear", self.backend, reasons)
             return super().forward(input)
         if self.precision == "fp32" and not input.is_cpu:
             return super().forward(input)
-        weights = [self.weight, self.bias, *_NO_NORMS]
-        options = LinearOptions(precision=self.precision)
+        weights, options = self._arguments()
         out = ops.apply_linear(self, None, input, weights, options, self.backend)
         if isinstance(out, Tensor):
-            keep(
-                self,
-                input,
-                (self,),
-                weights,
-                lambda: ops.native_linear(self, None, weights, input.dtype, options, self.backend),
-            )
+            keep(self, input, (self,), weights, lambda: self._make(input.dtype))
             return out
         backends.report_fallback("linear", self.backend, list(out))
         return super().forward(input)
 
-    def fallback_reasons(self) -> list[str]:
+    def _arguments(self) -> tuple[list[Tensor | None], LinearOptions]:
+        return [self.weight, self.bias, *_NO_NORMS], LinearOptions(precision=self.precision)
+
+    def _make(self, dtype: torch.dtype) -> Made:
+        weights, options = self._arguments()
+        if self.fallback_reasons():
+            return None
+        return weights, ops.native_linear(self, None, weights, dtype, options, self.backend)
+
+    def fallback_reasons(self, input: Tensor | None = None) -> list[str]:  # noqa: A002
         """Every reason why a call runs the definition; empty if none."""
-        return read.mode_reasons(self) + read.computed_weight_reasons(self)
+        reasons = read.mode_reasons(self) + read.computed_weight_reasons(self)
+        reasons += read.class_reasons(nn.Linear)
+        if input is not None and (input.is_nested or input.layout is not torch.strided):
+            reasons.append("its input is a nested or sparse tensor")
+        return reasons

@@ -135,9 +135,21 @@ def watch(kind: type[nn.Module], *methods: str) -> None:
         watched.append((kind, name, method if known else None))
 
 
-for _kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoder):
+for _kind in (
+    *(nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoder),
+    *(nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.LeakyReLU),
+):
     watch(_kind, "forward")
 watch(nn.TransformerEncoderLayer, "forward", *_BLOCKS)
+
+
+def class_reasons(*kinds: type[nn.Module]) -> list[str]:
+    """Which methods were replaced on one of these classes, or on any that an op stands for."""
+    return [
+        f"{kind.__name__}.{name} was replaced on the class"
+        for kind, name, method in watched
+        if (not kinds or kind in kinds) and getattr(kind, name) is not method
+    ]
 
 
 def watched_hooks() -> list[dict[Any, Any]]:
@@ -148,10 +160,7 @@ def watched_hooks() -> list[dict[Any, Any]]:
 
 def process_reasons() -> list[str]:
     """Why no op may stand for several modules at present, whichever they are."""
-    reasons = []
-    for kind, name, method in watched:
-        if getattr(kind, name) is not method:
-            reasons.append(f"{kind.__name__}.{name} was replaced on the class")
+    reasons = class_reasons()
     if any(watched_hooks()):
         reasons.append("global forward hooks are registered, which would not run for submodules")
     return reasons

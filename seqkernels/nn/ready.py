@@ -10,6 +10,7 @@ refuses goes the long way, which words the error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from seqkernels.nn.owner import Owner
 from seqkernels.ops.library import nobody_listens
 
 _MOST_MISSES = 16
+#: Weights and the kernel that has them packed, or None for what no native kernel runs any more.
+Made = tuple[Sequence[Tensor | None], backends.Native | None] | None
 
 
 class Ready(NamedTuple):
@@ -49,10 +52,11 @@ class Ready(NamedTuple):
         """The op ``encoder`` on torch's layouts of a batch; None for what it refuses."""
         if src.dim() != 3 or not (mask is None or mask.dtype is torch.bool):
             return None
-        if self.batch_first:
-            return self.run(src, None, None, mask, None, None)
-        out = self.run(src.transpose(0, 1), None, None, mask, None, None)
-        return None if out is None else out.transpose(0, 1)
+        x = src if self.batch_first else src.transpose(0, 1)
+        out = self.run(x, None, None, mask, None, None)
+        if out is None:
+            return None
+        return (out if self.batch_first else out.transpose(0, 1)).contiguous()
 
     def summarize(
         self,
@@ -83,7 +87,7 @@ def ready_for(owner: Owner, x: Any) -> Ready | None:
         and ready.settings is settings.current
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_autocast_enabled("cuda")  # whatever the device, in torch's encoder
-        and ready.snapshot.holds()
+        and ready.snapshot.holds(owner)
     ):
         packed.misses = 0
         return ready
@@ -95,29 +99,41 @@ def keep(
     x: Tensor,
     parts: Iterable[nn.Module],
     tensors: Sequence[Tensor | None],
-    make: Callable[[], backends.Native | None],
+    make: Callable[[], Made],
     *,
     batch_first: bool = True,
+    by_contents: bool = False,
 ) -> None:
     """After a call on `x` that ran the native op: let the next one go straight to it.
 
-    Not where weights cannot be watched, nor for a module that is never twice the same.
+    Not where `tensors` cannot be watched, nor for a module that is never twice the same. `make`
+    reads the module once more, behind the snapshot, so that nothing can change between the two.
+    With `by_contents` the tensors' contents are compared on each call.
     """
     native, packed = native_module.module, owner._packed
     if native is None or not nobody_listens(x) or packed.misses > _MOST_MISSES:
         return
     present = [t for t in tensors if t is not None]
-    if any(t.is_inference() or weights.shares_storage(t) for t in present):
+    if not all(map(weights.can_be_watched, present)):
         return
-    epoch, made = weights.epoch, make()
-    if made is None:
-        return
+    weights.watch_optimizers()
+    epoch, now = weights.epoch, settings.current
     snapshot = native.Snapshot(
+        owner,
+        "_packed_weights",
         list(parts),
         read.watched,
         [(torch.backends.mha.__dict__, "_is_fastpath_enabled")],
         read.watched_hooks(),
         present,
+        by_contents,
     )
+    made = make()
+    if made is None:
+        return
+    read_again, kernel = made
+    same = len(read_again) == len(tensors) and all(map(is_, read_again, tensors))
+    if kernel is None or not same or not snapshot.holds(owner):
+        return
     packed.misses += 1
-    packed.ready = Ready(*made, x.dtype, settings.current, epoch, snapshot, batch_first)
+    packed.ready = Ready(*kernel, x.dtype, now, epoch, snapshot, batch_first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.batch_norm_health import BatchNormHealth, examine
 from seqkernels.nn.owner import Owner, as_fx_leaf, shallow_clone
-from seqkernels.nn.ready import keep, ready_for
+from seqkernels.nn.ready import Made, keep, ready_for
 from seqkernels.ops.resilient_batch_norm import check_x
 from seqkernels.options import ResilientBatchNormOptions, check_bounds
 from seqkernels.reference import resilient_batch_norm as reference
@@ -173,25 +174,20 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
+        if read.class_reasons(nn.BatchNorm1d):
+            return super().forward(input)
         if input.dim() > 3 and hasattr(self, "process_group"):  # an attribute of SyncBatchNorm
             return self.forward(input.flatten(2)).view(input.shape)
-        if not self.training and not read.wants_plain_operations():
-            mean, var = self.running_mean, self.running_var
-            if mean is not None and var is not None:
-                options = ResilientBatchNormOptions(self.eps, self.min_var, finite(self.max_abs))
-                tensors = (mean, var, self.weight, self.bias)
-                out = ops.apply_resilient_batch_norm(input, *tensors, options, self.backend)
-                if isinstance(out, Tensor):
-                    keep(
-                        self,
-                        input,
-                        (self,),
-                        tensors,
-                        lambda: ops.native_norm(tensors, input.dtype, options, self.backend),
-                    )
-                    return out
-                backends.report_fallback("resilient_batch_norm", self.backend, list(out))
-                return super().forward(input)
+        if not self.fallback_reasons():
+            tensors, options = self._arguments()
+            out = ops.apply_resilient_batch_norm(input, *tensors, options, self.backend)
+            if isinstance(out, Tensor):
+                # torch's own batch norm, which may share the statistics, updates them uncounted.
+                make = partial(self._make, input.dtype)
+                keep(self, input, (self,), tensors, make, by_contents=True)
+                return out
+            backends.report_fallback("resilient_batch_norm", self.backend, list(out))
+            return super().forward(input)
         check_x(_NAME, input, self.num_features)
         reasons = self.fallback_reasons()
         # Training with gradients is what the definition is for, not a fallback.
@@ -199,6 +195,21 @@ class ResilientBatchNorm1d(Owner, nn.BatchNorm1d):
             backends.report_fallback("resilient_batch_norm", self.backend, reasons)
         with torch.autocast(input.device.type, enabled=False):
             return self._definition(input)
+
+    def _arguments(
+        self,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], ResilientBatchNormOptions]:
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None
+        assert var is not None
+        options = ResilientBatchNormOptions(self.eps, self.min_var, finite(self.max_abs))
+        return (mean, var, self.weight, self.bias), options
+
+    def _make(self, dtype: torch.dtype) -> Made:
+        if self.fallback_reasons():
+            return None
+        tensors, options = self._arguments()
+        return tensors, ops.native_norm(tensors, dtype, options, self.backend)
 
     def fallback_reasons(self) -> list[str]:
         """Every reason why a call runs the definition; empty if none."""

@@ -178,7 +178,7 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
                 out = run_op(self, src, src_key_padding_mask, now, padding)
                 if isinstance(out, Tensor):
                     if not now.norm_outside:
-                        keep_encoder(self, src, now, padding)
+                        keep_encoder(self, src, now, lambda: self._read(src))
                     return self.norm(out) if now.norm_outside else out  # type: ignore[misc]
                 reasons = out
         if src.is_nested:
@@ -192,6 +192,12 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
         reasons = self._call_reasons(src, mask, False)
         read.read_encoder(self, LAYER_TYPES, reasons, any_mode=self.training)
         return reasons
+
+    def _read(self, src: Tensor) -> tuple[read.Encoder, str] | None:
+        """The op's arguments and padding for a call without a mask, if the op takes it."""
+        why = self._call_reasons(src, None, False)
+        now = read.read_encoder(self, LAYER_TYPES, why)
+        return None if now is None or why else (now, self._padding(src, None))
 
     def padding_of(
         self, src: Tensor, mask: Tensor | None, src_key_padding_mask: Tensor | None

@@ -174,7 +174,7 @@ device, dtype
             else:
                 out = run_op(self, src, src_key_padding_mask, now, self.padded_output)
                 if isinstance(out, Tensor):
-                    keep_encoder(self, src, now, self.padded_output)
+                    keep_encoder(self, src, now, lambda: self._read(src))
                     return out
                 reasons = out
         if src.is_nested:
@@ -182,6 +182,12 @@ device, dtype
         check_causal(src_mask, is_causal)
         self._report(reasons)
         return self._fall_back(src, src_mask, src_key_padding_mask, is_causal)
+
+    def _read(self, src: Tensor) -> tuple[read.Encoder, str] | None:
+        """The op's arguments and padding for a call without a mask, if the op takes it."""
+        why = self._call_reasons(src, None, False)
+        now = read.read_single_layer(self, why)
+        return None if now is None or why else (now, self.padded_output)
 
     def fallback_reasons(
         self, src: Tensor | None = None, src_mask: Tensor | None = None

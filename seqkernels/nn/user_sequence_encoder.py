@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from seqkernels import backends, ops
 from seqkernels.nn import read
 from seqkernels.nn.owner import Owner, as_fx_leaf
-from seqkernels.nn.ready import keep, ready_for
+from seqkernels.nn.ready import Made, keep, ready_for
 from seqkernels.nn.transformer_encoder import TransformerEncoder
 from seqkernels.nn.transformer_encoder_layer import LAYER_TYPES, TransformerEncoderLayer
 from seqkernels.ops.encoder_checks import (
@@ -227,7 +227,7 @@ class UserSequenceEncoder(Owner):
             options = self._options(now)
             out = ops.apply_encoder(self, *arguments, options, self.backend)
             if isinstance(out, Tensor):
-                self._keep(events, now.weights, options)
+                self._keep(events, now.weights)
                 return out
             if split_mask(key_padding_mask).bias is not None:
                 # torch's fused layer takes a bias for a bool mask.
@@ -324,7 +324,7 @@ class UserSequenceEncoder(Owner):
             options = self._options(now)
             out = ops.apply_request_scoring(self, *arguments, options, self.backend)
             if isinstance(out, Tensor):
-                self._keep(events, now.weights, options)
+                self._keep(events, now.weights)
                 return out
             if split_mask(key_padding_mask).bias is not None:
                 return ops.request_scoring(*arguments, *options, self.backend)
@@ -338,15 +338,16 @@ class UserSequenceEncoder(Owner):
             None if lengths is None else lengths[user_index],
         )
 
-    def _keep(self, events: Tensor, weights: read.Weights, options: EncoderOptions) -> None:
-        dtype, backend = events.dtype, self.backend
-        keep(
-            self,
-            events,
-            self.modules(),
-            weights,
-            lambda: ops.native_encoder(self, weights, dtype, options, backend),
-        )
+    def _keep(self, events: Tensor, weights: read.Weights) -> None:
+        def make() -> Made:
+            now = self._read([])
+            if now is None:
+                return None
+            options = self._options(now)
+            kernel = ops.native_encoder(self, now.weights, events.dtype, options, self.backend)
+            return now.weights, kernel
+
+        keep(self, events, self.modules(), weights, make)
 
     def _read(self, reasons: list[str], *, any_mode: bool = False) -> read.Encoder | None:
         """The encoder as arguments of an op; without one, `reasons` gets the reasons."""

@@ -17,6 +17,7 @@ struct NormShape {
   float min_var = 0.0f;
   float max_abs = std::numeric_limits<float>::infinity();
 
+  bool operator==(const NormShape&) const = default;
   bool bounded() const {
     return min_var > 0.0f || max_abs < std::numeric_limits<float>::infinity();
   }

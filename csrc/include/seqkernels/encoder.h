@@ -19,6 +19,7 @@ struct EncoderShape : EncoderModelOptions {
   int num_layers = 0;
   bool has_final_norm = false;
 
+  bool operator==(const EncoderShape&) const = default;
   int head_dim() const { return d_model / nhead; }
 };
 

@@ -22,6 +22,8 @@ struct LinearShape {
   Activation activation = Activation::kNone;
   float negative_slope = 0.01f;
   Precision precision = Precision::kBf16;
+
+  bool operator==(const LinearShape&) const = default;
 };
 
 // fp32 and contiguous; a null pointer is an absent parameter.

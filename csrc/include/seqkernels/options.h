@@ -70,6 +70,8 @@ struct EncoderModelOptions {
   bool norm_first = false;
   float layer_norm_eps = 1e-5f;
   float final_norm_eps = 1e-5f;
+
+  bool operator==(const EncoderModelOptions&) const = default;
 };
 
 // What a call alone reads.
@@ -81,6 +83,7 @@ struct EncoderCallOptions {
       -1;  // -1: the full sequence [B, T, D]; else the summary [B, latest_k * D (+ D)]
   Pool pool = Pool::kNone;
 
+  bool operator==(const EncoderCallOptions&) const = default;
   bool latest_last() const { return order == Order::kLatestLast; }
   bool pool_max() const { return pool == Pool::kMax; }
 };

@@ -165,8 +165,7 @@ class EncoderWorkload(Workload):
     Examples
     --------
     >>> from seqkernels.benchmark import EncoderWorkload
-    >>> from seqkernels.options import EncoderOptions
-    from seqkernels.testing import EncoderCase
+    >>> from seqkernels.testing import EncoderCase
     >>> EncoderWorkload(id="small", group="doc", case=EncoderCase(batch=2)).multiply_adds()
     24883200
     """
