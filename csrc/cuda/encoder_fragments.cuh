@@ -242,6 +242,7 @@ __device__ __forceinline__ void activate(const EncoderParams& p, float (&tiles)[
       for (int j = 0; j < 8; ++j) tiles[i][j / 4][j % 4] = function(tiles[i][j / 4][j % 4]);
     }
   };
+  static_assert(kActivations == 5, "every activation has its branch here");
   if (p.activation == Activation::kRelu) {
     each([](float x) { return x < 0.0f ? 0.0f : x; });
   } else if (p.activation == Activation::kLeakyRelu) {

@@ -131,6 +131,7 @@ __device__ __forceinline__ float gelu_tanh(float y) {
 
 template <int kValues>
 __device__ __forceinline__ void activate(float (&y)[kValues], Activation kind, float slope) {
+  static_assert(kActivations == 5, "every activation has its branch here");
   if (kind == Activation::kNone) return;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {

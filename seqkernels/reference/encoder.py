@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqkernels.options import ENCODER_CHOICES, check_choice
+from seqkernels.reference.resilient_batch_norm import activate
 
 _PER_LAYER = 12
 
@@ -276,7 +277,9 @@ def _layer(
     if norm_first:
         x = x + _linear(attention(_norm(x, g1, c1, eps)), w_out, b_out)
         y = _norm(x, g2, c2, eps)
-        return x + _linear(_activate(_linear(y, w1, b1), activation, negative_slope), w2, b2)
+        return x + _linear(
+            activate("encoder", _linear(y, w1, b1), activation, negative_slope), w2, b2
+        )
     return finish_layer(x, attention(x), weights, activation, negative_slope, eps)
 
 
@@ -293,7 +296,7 @@ def finish_layer(
         None if w is None else w.to(x.dtype) for w in weights
     )
     x = _norm(x + _linear(attended, w_out, b_out), g1, c1, eps)
-    y = _linear(_activate(_linear(x, w1, b1), activation, negative_slope), w2, b2)
+    y = _linear(activate("encoder", _linear(x, w1, b1), activation, negative_slope), w2, b2)
     return _norm(x + y, g2, c2, eps)
 
 
@@ -321,14 +324,6 @@ def _attention(qkv: Tensor, valid: Tensor, bias: Tensor | None, nhead: int) -> T
     p = torch.where(ignored, lowest, scores).softmax(-1).masked_fill(ignored, 0.0)
     mixed: Tensor = p @ v  # [B, h, L, d]
     return mixed.transpose(1, 2).reshape(batch, length, nhead * head_dim)
-
-
-def _activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
-    if activation == "relu":
-        return F.relu(x)
-    if activation == "leaky_relu":
-        return F.leaky_relu(x, negative_slope)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -12,12 +12,13 @@ Letters: N rows, C channels, L positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqkernels.options import ACTIVATIONS
+from seqkernels.options import ACTIVATIONS, check_choice
 
 
 def resilient_batch_norm(
@@ -173,16 +174,18 @@ def _toward_zero(value: float, dtype: torch.dtype) -> float:
 _LARGEST_FP32 = math.ldexp(2**24 - 1, 104)
 
 
+#: Every activation of the ops, as a function of the value and ``negative_slope``.
+_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda y, _: y,
+    "relu": lambda y, _: F.relu(y),
+    "gelu": lambda y, _: F.gelu(y),
+    "gelu_tanh": lambda y, _: F.gelu(y, approximate="tanh"),
+    "leaky_relu": F.leaky_relu,
+}
+assert tuple(_ACTIVATIONS) == ACTIVATIONS
+
+
 def activate(op: str, y: Tensor, activation: str, negative_slope: float) -> Tensor:
     """The activation of this name, for the op named in the error."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-    if activation == "none":
-        return y
-    if activation == "relu":
-        return F.relu(y)
-    if activation == "leaky_relu":
-        return F.leaky_relu(y, negative_slope)
-    return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    check_choice(f"{op}: activation", activation, ACTIVATIONS)
+    return _ACTIVATIONS[activation](y, negative_slope)

@@ -32,17 +32,21 @@ OPTIONS = {
 
 GRID_PROGRAMS = ("encoder_test", "dense_test")
 CORE_PROGRAMS = (*GRID_PROGRAMS, "parallel_test")
+CUDA_PRIMITIVES = ("cuda_primitives_test", "cuda_resilient_batch_norm_test")
 CUDA_PROGRAMS = (
-    "cuda_primitives_test",
-    "cuda_resilient_batch_norm_test",
+    *CUDA_PRIMITIVES,
     "cuda_encoder_test",
     "cuda_split_encoder_test",
     "cuda_request_scoring_test",
 )
 CUDA_MODULE = "_cuda_emulation"
 #: What is built of each kind for `make test`, and what the exhaustive tests need besides.
-EVERYDAY = {SHIPPED: (*CUDA_PROGRAMS, *CORE_PROGRAMS, CUDA_MODULE)}
-EXHAUSTIVE = {SANITIZED: (*CUDA_PROGRAMS, *CORE_PROGRAMS), THREADS: CORE_PROGRAMS}
+EVERYDAY = {SHIPPED: (*CUDA_PRIMITIVES, *CORE_PROGRAMS, CUDA_MODULE)}
+EXHAUSTIVE = {
+    SHIPPED: CUDA_PROGRAMS,
+    SANITIZED: (*CUDA_PROGRAMS, *CORE_PROGRAMS),
+    THREADS: CORE_PROGRAMS,
+}
 
 
 def find_tool(name: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.cpp.building import CUDA_PRIMITIVES, OPTIONS, SANITIZED, SHIPPED, build, run
 from tests.cpp.building import CUDA_PROGRAMS as PROGRAMS
-from tests.cpp.building import OPTIONS, SANITIZED, SHIPPED, build, run
 
 #: Groups of a program that take longer than all its others: not in `make test`.
 LONG_GROUPS = {"cuda_encoder_test": ("shapes", "mistakes")}
@@ -19,7 +19,7 @@ def groups(program: str, *, long: bool) -> list[str]:
     """The option that chooses the groups of a program; none for one that has no long groups."""
     if program not in LONG_GROUPS:
         return []
-    listed = run([str(build(SHIPPED, PROGRAMS) / program), "--list"]).stdout.split()
+    listed = run([str(build(SHIPPED, (program,)) / program), "--list"]).stdout.split()
     assert set(LONG_GROUPS[program]) < set(listed)
     chosen = [name for name in listed if (name in LONG_GROUPS[program]) == long]
     return ["--only=" + ",".join(chosen)]
@@ -28,7 +28,17 @@ def groups(program: str, *, long: bool) -> list[str]:
 @pytest.mark.parametrize(
     ("program", "sanitizer", "long"),
     [
-        *(pytest.param(program, SHIPPED, False, id=f"plain-{program}") for program in PROGRAMS),
+        # tests/backends/test_cuda.py runs the others' kernels from the ops down.
+        *(
+            pytest.param(
+                program,
+                SHIPPED,
+                False,
+                id=f"plain-{program}",
+                marks=[] if program in CUDA_PRIMITIVES else pytest.mark.exhaustive,
+            )
+            for program in PROGRAMS
+        ),
         *(
             pytest.param(
                 program,
@@ -47,7 +57,8 @@ def groups(program: str, *, long: bool) -> list[str]:
 def test_program(
     program: str, sanitizer: str, long: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(build(sanitizer, PROGRAMS) / program), *groups(program, long=long)]
+    folder = build(sanitizer, (program,))
+    command = [str(folder / program), *groups(program, long=long)]
     done = run(command, **OPTIONS)
     assert done.returncode == 0, done.stdout
     assert " 0 failures" in done.stdout.splitlines()[-1]

@@ -49,6 +49,9 @@ constexpr auto names_of<Precision>() {
   return std::array{"bf16", "fp32"};
 }
 
+// Code that is no switch over all activations asserts that it knows so many.
+constexpr int kActivations = static_cast<int>(names_of<Activation>().size());
+
 // The value with this name; `field` names it in the error.
 template <class E>
 E value_of(const char* field, std::string_view name) {

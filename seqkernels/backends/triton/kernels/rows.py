@@ -10,7 +10,7 @@ bf16 holds operands of products only; all else is fp32. Rows are tuples of chunk
 import triton
 import triton.language as tl
 
-# Values of the constant ACTIVATION: positions in `reference.resilient_batch_norm.ACTIVATIONS`.
+# Values of the constant ACTIVATION: positions in `seqkernels.options.ACTIVATIONS`.
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
 GELU = tl.constexpr(2)
@@ -112,6 +112,7 @@ def activate(x, negative_slope, ACTIVATION: tl.constexpr):
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         y = x / (1.0 + tl.exp2(-2.8853900817779268 * u))
     else:
+        tl.static_assert(ACTIVATION == IDENTITY, "every activation has its branch here")
         y = x
     return y
 
