@@ -213,8 +213,8 @@ NATIVE_SCHEMAS = {
     "linear_packed": "(Tensor x, Tensor model, Tensor packed) -> Tensor",
     "pack_resilient_batch_norm": "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
     f"{_NORM}, str isa) -> (Tensor model, Tensor packed)",
-    "pack_resilient_batch_norm_cuda": "(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    f"{_NORM}) -> (Tensor model, Tensor packed)",
+    "resilient_batch_norm_cuda": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+    f"Tensor? bias, {_NORM}) -> Tensor",
     "resilient_batch_norm_packed": "(Tensor x, Tensor model, Tensor packed) -> Tensor",
 }
 

@@ -102,36 +102,28 @@ void encoder_packed_cuda(Value* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
-// The statistics as they are: the kernel makes constants of them.
-void pack_resilient_batch_norm_cuda(Value* stack, uint64_t, uint64_t) {
-  const PackedNorm made = take_norm(stack, false);
-  const int64_t channels = made.model.channels;
-  Tensor packed = host_bytes(packed_norm_bytes(channels));
-  float* to = packed.mutable_data<float>();
-  for (size_t i = 0; i < 4; ++i) {
-    const float* from = made.weights.data(i);
-    const size_t bytes = static_cast<size_t>(channels) * sizeof(float);
-    float* part = to + static_cast<int64_t>(i) * channels;
-    if (from) {
-      std::memcpy(part, from, bytes);
-    } else {
-      std::memset(part, 0, bytes);
-    }
-  }
-  stack[0] = as_bytes(made.model).release();
-  stack[1] = packed.release();
-}
+// Statistics stay where they are, and are read as they are where they are fp32 and contiguous.
+void resilient_batch_norm_cuda(Value* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  Tensor x = arguments.tensor();
+  std::vector<OptionalTensor> statistics = take_statistics(arguments);
+  ResilientBatchNormOptions options;
+  arguments.options(options);
+  arguments.done();
 
-void resilient_batch_norm_packed_cuda(Value* stack, uint64_t, uint64_t) {
-  NormTensors t = take_norm_call(stack);
-  const OnDevice on(t.x);
-  const float* packed = t.packed.data<float>();
-  const int64_t channels = t.model.channels;
-  NormParameters& norm = t.call.norm;
-  norm.mean = packed;
-  norm.var = packed + channels;
-  norm.weight = t.model.has_weight ? packed + 2 * channels : nullptr;
-  norm.bias = t.model.has_bias ? packed + 3 * channels : nullptr;
+  const OnDevice on(x);
+  const int32_t fp32 = torch.aoti_torch_dtype_float32();
+  for (OptionalTensor& t : statistics) {
+    if (!t) continue;
+    check_on(kBatchNorm, "mean, var, weight, bias", *t, x.device_type(), x.device_index());
+    if (t->dtype() != fp32 || !t->is_contiguous())
+      t = t->as(fp32, x.device_type(), x.device_index());
+  }
+  NormTensors t = norm_call(std::move(x), model_of(statistics, options));
+  const auto data = [&](size_t i) {
+    return statistics[i] ? statistics[i]->data<float>() : nullptr;
+  };
+  static_cast<NormParameters&>(t.call.norm) = {data(0), data(1), data(2), data(3)};
   if (t.out.numel() > 0) raise(cuda::launch_resilient_batch_norm(t.call, on.stream()));
   stack[0] = t.out.release();
 }

@@ -49,8 +49,7 @@ constexpr Implementation kImplementations[] = {
 #if defined(SEQKERNELS_CUDA_KEY)
     {"pack_encoder_cuda", kAny, pack_encoder_cuda},
     {"encoder_packed", SEQKERNELS_CUDA_KEY, encoder_packed_cuda},
-    {"pack_resilient_batch_norm_cuda", kAny, pack_resilient_batch_norm_cuda},
-    {"resilient_batch_norm_packed", SEQKERNELS_CUDA_KEY, resilient_batch_norm_packed_cuda},
+    {"resilient_batch_norm_cuda", SEQKERNELS_CUDA_KEY, resilient_batch_norm_cuda},
 #endif
 };
 

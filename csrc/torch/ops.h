@@ -14,8 +14,7 @@ Op pack_resilient_batch_norm, resilient_batch_norm_packed;
 // The ops on weights as they are, for processes without Python: they pack for themselves.
 Op encoder, request_scoring, linear, resilient_batch_norm;
 
-// The same on a CUDA device; what is packed lies in host memory, to be moved there.
-Op pack_encoder_cuda, encoder_packed_cuda;
-Op pack_resilient_batch_norm_cuda, resilient_batch_norm_packed_cuda;
+// On a CUDA device. A packed encoder lies in host memory, to be moved there.
+Op pack_encoder_cuda, encoder_packed_cuda, resilient_batch_norm_cuda;
 
 }  // namespace seqkernels::torch_abi

@@ -9,38 +9,56 @@
 namespace seqkernels::torch_abi {
 namespace {
 
+int64_t packed_bytes(const NormModel& model) {
+  return static_cast<int64_t>(packed_channel_norm_bytes(model.channels));
+}
+
 Tensor pack(const NormModel& model, const HostWeights& w) {
-  Tensor packed = host_bytes(packed_norm_bytes(model.channels));
+  Tensor packed = host_bytes(packed_bytes(model));
   const ChannelNorm norm{model.norm, {w.data(0), w.data(1), w.data(2), w.data(3)}};
   pack_channel_norm(model.channels, norm, packed.mutable_data<float>());
   return packed;
 }
 
-Tensor run(NormTensors t) {
-  t.call.constants = t.packed.data<float>();
+Tensor run(Tensor x, const NormModel& model, const Tensor& packed) {
+  check_packed(kBatchNorm, packed, packed_bytes(model));
+  NormTensors t = norm_call(std::move(x), model);
+  t.call.constants = packed.data<float>();
   t.call.num_threads = num_threads();
-  run_resilient_batch_norm(t.model.isa, t.call);
+  run_resilient_batch_norm(model.isa, t.call);
   return std::move(t.out);
 }
 
 }  // namespace
 
 void pack_resilient_batch_norm(Value* stack, uint64_t, uint64_t) {
-  PackedNorm made = take_norm(stack, true);
-  made.model.isa = runnable_isa(made.isa);
-  Tensor packed = pack(made.model, made.weights);
-  stack[0] = as_bytes(made.model).release();
+  Arguments arguments(stack);
+  const HostWeights weights(take_statistics(arguments));
+  ResilientBatchNormOptions options;
+  arguments.options(options);
+  const std::string isa = arguments.text();
+  arguments.done();
+
+  NormModel model = model_of(weights, options);
+  model.isa = runnable_isa(isa);
+  Tensor packed = pack(model, weights);
+  stack[0] = as_bytes(model).release();
   stack[1] = packed.release();
 }
 
 void resilient_batch_norm_packed(Value* stack, uint64_t, uint64_t) {
-  stack[0] = run(take_norm_call(stack)).release();
+  Arguments arguments(stack);
+  Tensor x = arguments.tensor();
+  const Tensor bytes = arguments.tensor();
+  const Tensor packed = arguments.tensor();
+  const NormModel model = from_bytes<NormModel>(kBatchNorm, bytes);
+  stack[0] = run(std::move(x), model, packed).release();
 }
 
 void resilient_batch_norm(Value* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Tensor x = arguments.tensor();
-  const HostWeights weights = take_statistics(arguments);
+  const HostWeights weights(take_statistics(arguments));
   ResilientBatchNormOptions options;
   arguments.options(options);
   const std::string backend = arguments.text();
@@ -49,7 +67,7 @@ void resilient_batch_norm(Value* stack, uint64_t, uint64_t) {
 
   NormModel model = model_of(weights, options);
   model.isa = default_isa();
-  stack[0] = run(norm_call(std::move(x), model, pack(model, weights))).release();
+  stack[0] = run(std::move(x), model, pack(model, weights)).release();
 }
 
 }  // namespace seqkernels::torch_abi

@@ -20,65 +20,41 @@ struct NormModel {
   int isa = -1;  // of the CPU's kernels
   int64_t channels = 0;
   NormShape norm;
-  bool has_weight = false, has_bias = false;
   Activation activation = Activation::kNone;
   float negative_slope = 0.0f;
 };
 
-// The model of mean, var, weight and bias, but for its instruction set.
-inline NormModel model_of(const HostWeights& weights, const ResilientBatchNormOptions& options) {
+// Mean, var, weight and bias; the first two are there.
+inline std::vector<OptionalTensor> take_statistics(Arguments& arguments) {
+  std::vector<OptionalTensor> taken;
+  taken.push_back(arguments.tensor());
+  taken.push_back(arguments.tensor());
+  taken.push_back(arguments.optional_tensor());
+  taken.push_back(arguments.optional_tensor());
+  return taken;
+}
+
+// Their model, but for its instruction set.
+template <class Tensors>
+NormModel model_of(const Tensors& statistics, const ResilientBatchNormOptions& options) {
   NormModel model;
-  model.channels = weights[0]->numel();
-  for (size_t i = 0; i < weights.count(); ++i) {
-    const OptionalTensor& w = weights[i];
-    if (w && (w->dim() != 1 || w->size(0) != model.channels))
-      refuse(kBatchNorm, "mean, var, weight, bias: expected one shape [C], got " + w->shape());
+  model.channels = statistics[0]->numel();
+  for (size_t i = 0; i < 4; ++i) {
+    const OptionalTensor& t = statistics[i];
+    if (t && (t->dim() != 1 || t->size(0) != model.channels))
+      refuse(kBatchNorm, "mean, var, weight, bias: expected one shape [C], got " + t->shape());
   }
   std::vector<double> numbers{options.eps, options.min_var};
   if (options.max_abs) numbers.push_back(*options.max_abs);
   model.norm = norm_shape(kBatchNorm, numbers);
-  model.has_weight = weights[2].has_value();
-  model.has_bias = weights[3].has_value();
   model.activation = options.activation;
   model.negative_slope = options.negative_slope;
   return model;
 }
 
-// Takes mean, var, weight and bias.
-inline HostWeights take_statistics(Arguments& arguments) {
-  std::vector<OptionalTensor> given;
-  given.push_back(arguments.tensor());
-  given.push_back(arguments.tensor());
-  given.push_back(arguments.optional_tensor());
-  given.push_back(arguments.optional_tensor());
-  return HostWeights(std::move(given));
-}
-
-// The arguments of an op that packs.
-struct PackedNorm {
-  NormModel model;
-  std::string isa;
-  HostWeights weights;
-};
-
-inline PackedNorm take_norm(Value* stack, bool has_isa) {
-  Arguments arguments(stack);
-  HostWeights weights = take_statistics(arguments);
-  ResilientBatchNormOptions options;
-  arguments.options(options);
-  const std::string isa = has_isa ? arguments.text() : "";
-  arguments.done();
-  const NormModel model = model_of(weights, options);
-  return {model, isa, std::move(weights)};
-}
-
-inline int64_t packed_norm_bytes(int64_t channels) {
-  return 4 * channels * static_cast<int64_t>(sizeof(float));
-}
-
-// A call of resilient_batch_norm_packed, whose constants are to be set.
+// A call whose constants or statistics are to be set.
 struct NormTensors {
-  Tensor x, packed, out;
+  Tensor x, out;
   NormModel model;
   ResilientBatchNormCall call;
 };
@@ -95,9 +71,7 @@ inline NormRows norm_rows(const Tensor& x) {
   return {channels_last, x.size(0), x.size(2), 0, channels_last ? 2 : 1};
 }
 
-inline NormTensors norm_call(Tensor x, const NormModel& model, Tensor packed) {
-  check_packed(kBatchNorm, packed, packed_norm_bytes(model.channels));
-  check_on(kBatchNorm, "packed", packed, x.device_type(), x.device_index());
+inline NormTensors norm_call(Tensor x, const NormModel& model) {
   if ((x.dim() != 2 && x.dim() != 3) || x.size(1) != model.channels) {
     refuse(kBatchNorm, "x: expected [N, C] or [N, C, L] with C = " +
                            std::to_string(model.channels) + ", got " + x.shape());
@@ -129,17 +103,7 @@ inline NormTensors norm_call(Tensor x, const NormModel& model, Tensor packed) {
   static_cast<NormShape&>(call.norm) = model.norm;
   call.activation = model.activation;
   call.negative_slope = model.negative_slope;
-  return {std::move(x), std::move(packed), std::move(out), model, call};
-}
-
-// Takes the arguments of resilient_batch_norm_packed.
-inline NormTensors take_norm_call(Value* stack) {
-  Arguments arguments(stack);
-  Tensor x = arguments.tensor();
-  const Tensor bytes = arguments.tensor();
-  Tensor packed = arguments.tensor();
-  const NormModel model = from_bytes<NormModel>(kBatchNorm, bytes);
-  return norm_call(std::move(x), model, std::move(packed));
+  return {std::move(x), std::move(out), model, call};
 }
 
 }  // namespace seqkernels::torch_abi

@@ -80,10 +80,9 @@ class CudaBackend:
 
     def resilient_batch_norm(self, call: ResilientBatchNormCall, variant: str) -> Tensor:
         """Run the op ``resilient_batch_norm`` by one launch."""
-        model, packed = self.ops.pack_resilient_batch_norm_cuda(*call[1:5], *call.options)
-        packed = packed.to(call.x.device)
-        return self.ops.resilient_batch_norm_packed(  # type: ignore[no-any-return]
-            call.x, model, packed
+        tensors = call[:5]  # read where they are: nothing is packed, and the host does not wait
+        return self.ops.resilient_batch_norm_cuda(  # type: ignore[no-any-return]
+            *tensors, *call.options
         )
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
