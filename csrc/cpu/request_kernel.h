@@ -23,6 +23,10 @@ struct RequestKernel {
   using V = typename Encoder::V;
   using Element = typename Encoder::Element;
   using Context = typename Encoder::Context;
+  using Input = typename Encoder::Input;
+  using Output = typename Encoder::Output;
+  using KeysValues = typename Encoder::KeysValues;
+  using Attention = typename Encoder::Attention;
   static constexpr int kLanes = Encoder::kLanes;
   static constexpr int kPair = Encoder::kPair;
   static constexpr int kRows = Encoder::kRows;
@@ -35,7 +39,7 @@ struct RequestKernel {
     float* keys;    // [concat row][strip][lane = key]: k without bias, fp32
     float* values;  // lanes: [feature strip][key][lane = feature]; tiles: [concat row][strip][lane
                     // = key]
-    uint32_t* weighted;  // w_j v_j, in the layout of EncoderKernel::Shared::values
+    uint32_t* weighted;  // w_j v_j, in the layout of EncoderWorkspace::Shared::values
     float* query_part;   // [candidate row][feature lane]: W_q of the candidate's columns, scaled
     float* value_part;   // the same of W_v
     float* a;            // [feature lane]: the candidate's query part
@@ -118,7 +122,7 @@ struct RequestKernel {
     const int strips = Encoder::strips_of(task.num_tokens);
 
     load_events(c, u, strips);
-    Encoder::project_keys(c, layer, 0, strips);
+    KeysValues::project_keys(c, layer, 0, strips);
     keep_keys(c, u, layer, strips);
     keep_values(c, u, layer, strips);
     Encoder::for_groups(0, strips,
@@ -153,10 +157,10 @@ struct RequestKernel {
         if (token < c.task.num_tokens) {
           const int64_t offset =
               c.task.user * call.stride_b + c.task.position[token] * call.stride_l;
-          Encoder::convert(call.x, call.is_bf16, offset, width, row);
+          Input::convert(call.x, call.is_bf16, offset, width, row);
         }
       }
-      Encoder::transpose_rows(c, steps, c.shared.x + strip * c.shared.x_strip);
+      Input::transpose_rows(c, steps, c.shared.x + strip * c.shared.x_strip);
     }
     __builtin_memcpy(u.x, c.shared.x, static_cast<size_t>(strips * c.shared.x_strip) * 4);
   }
@@ -220,16 +224,16 @@ struct RequestKernel {
     const PackedModel& m = c.m;
     const int num_keys = c.task.num_keys;
     for (int head = 0; head < m.shape.nhead; ++head) {
-      Encoder::template project_queries<kStrips>(c, layer, head, strip_begin);
+      Attention::template project_queries<kStrips>(c, layer, head, strip_begin);
       V top[kStrips], sum[kStrips];
-      Encoder::template largest_scores<kStrips>(c, head, top);
+      Attention::template largest_scores<kStrips>(c, head, top);
       for (int s = 0; s < kStrips; ++s) sum[s] = Isa::zero();
       Product::template run<kStrips>(
-          Encoder::keys_of(c, head), 0, Encoder::key_rows_of(c), nullptr, c.own.query,
+          Attention::keys_of(c, head), 0, Attention::key_rows_of(c), nullptr, c.own.query,
           c.own.query_strip, Encoder::steps_to_run(m.shape.head_dim()),
           [&](int r, int s, const V(&y)[kRows]) __attribute__((always_inline)) {
             uint32_t* to = u.exp + head * u.exp_head + (strip_begin + s) * c.own.p_strip;
-            Encoder::exponentiate(y, top[s], r, num_keys, to, sum[s]);
+            Attention::exponentiate(y, top[s], r, num_keys, to, sum[s]);
           });
     }
   }
@@ -249,7 +253,7 @@ struct RequestKernel {
     join_candidate(c, u, strips);
     weigh_keys(c, u);
     weigh_values(c, u);
-    if (task.call->pool_max()) Encoder::reset_pool(c);
+    if (task.call->pool_max()) Output::reset_pool(c);
     const bool last = m.shape.num_layers == 1;
     bool fits = true;
     Encoder::for_groups(0, last ? Encoder::strips_of(task.num_queries_last) : strips,
@@ -260,7 +264,7 @@ struct RequestKernel {
     if (!fits) return false;
     Barrier alone;
     Encoder::run_layers(c, 1, &alone, 0, 1);
-    if (task.call->pool_max()) Encoder::reduce_pool(c, pooled);
+    if (task.call->pool_max()) Output::reduce_pool(c, pooled);
     return true;
   }
 
@@ -271,8 +275,8 @@ struct RequestKernel {
     const int64_t first = m.shape.d_model - call.candidate_dim;
     Element* row = reinterpret_cast<Element*>(c.own.rows);  // one token with zeros for the event
     __builtin_memset(row, 0, static_cast<size_t>(m.model_steps) * 4);
-    Encoder::convert(call.candidate, call.is_bf16, c.task.index * call.candidate_stride,
-                     call.candidate_dim, row + first);
+    Input::convert(call.candidate, call.is_bf16, c.task.index * call.candidate_stride,
+                   call.candidate_dim, row + first);
     const uint32_t* words = c.own.rows;
     const int first_step = static_cast<int>(first / kPair);
     for (int strip = 0; strip < strips; ++strip) {
@@ -388,7 +392,7 @@ struct RequestKernel {
         }
         const V whole = Isa::add(sum[0], sum[1]);
         const auto fits = Isa::mask_or(Isa::less(Isa::set1(kSmallestSum), whole),
-                                       Isa::mask_not(Encoder::first_tokens(c, strip_begin + s)));
+                                       Isa::mask_not(Attention::first_tokens(c, strip_begin + s)));
         if (Isa::any(Isa::mask_not(fits))) return false;
         inverse[s] = Isa::div(Isa::set1(1.0f), whole);
       }
