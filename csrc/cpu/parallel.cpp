@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -97,6 +98,8 @@ void run_plain_threads(int num_threads, Team& team) {
 struct Workspace {
   void* data = nullptr;
   size_t bytes = 0;
+  int small_calls = 0;  // after each other, that needed a fraction of it
+  size_t most = 0;      // that one of them needed
   ~Workspace() { std::free(data); }
 };
 
@@ -142,12 +145,24 @@ void Barrier::wait(int size) {
 }
 
 void* thread_workspace(size_t bytes) {
+  constexpr size_t kMuch = size_t{1} << 20;
+  constexpr int kCalls = 1024;
   thread_local Workspace workspace;
-  if (workspace.bytes < bytes) {
+  size_t wanted = bytes > workspace.bytes ? bytes : 0;
+  if (workspace.bytes > kMuch && bytes < workspace.bytes / 4) {
+    // One long request must not hold its memory for ever.
+    workspace.most = std::max(workspace.most, bytes);
+    if (++workspace.small_calls == kCalls) wanted = workspace.most;
+  } else {
+    workspace.small_calls = 0;
+    workspace.most = 0;
+  }
+  if (wanted > 0) {
     std::free(workspace.data);
     workspace.data = nullptr;
-    workspace.bytes = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    workspace.bytes = workspace.most = 0;
+    workspace.small_calls = 0;
+    const size_t rounded = (wanted + 4095) / 4096 * 4096;
     workspace.data = std::aligned_alloc(4096, rounded);
     if (!workspace.data) throw std::bad_alloc();
     workspace.bytes = rounded;

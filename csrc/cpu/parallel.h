@@ -28,8 +28,9 @@ class Barrier {
   std::atomic<int> round_{0};
 };
 
-// This thread's scratch memory: at least `bytes`, 64-byte aligned, kept between calls and freed
-// with the thread. Contents are those of the last call. Throws std::bad_alloc.
+// This thread's scratch memory: at least `bytes`, 64-byte aligned, kept between calls, given back
+// where a thousand calls after each other need but a fraction of it, and freed with the thread.
+// Contents are those of the last call. Throws std::bad_alloc.
 void* thread_workspace(size_t bytes);
 
 // Asks the system to back a large block that is about to be written with large pages, where it does

@@ -4,6 +4,7 @@
 // The program stands between the core and the system: pthread_create, aligned_alloc and operator
 // new fail when a test says so.
 #include <dlfcn.h>
+#include <malloc.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -211,8 +212,26 @@ void workspaces_that_are_refused(Verdicts& v) {
   });
 }
 
+// A long request's memory is given back once nobody needs it, and not before.
+void workspaces_shrink(Verdicts& v) {
+  constexpr size_t kLarge = size_t{16} << 20, kSmall = 4096;
+  const auto held = [](size_t bytes) { return malloc_usable_size(cpu::thread_workspace(bytes)); };
+  v.check(held(kLarge) >= kLarge, "workspace: less than was asked for");
+  for (int i = 0; i < 1000; ++i) held(kSmall);
+  v.check(held(kSmall) >= kLarge, "workspace: given back too early");
+  for (int i = 0; i < 30; ++i) held(2 * kSmall);
+  const size_t left = held(kSmall);
+  v.check(left >= 2 * kSmall && left < kLarge / 8, "workspace: not given back");
+  for (int i = 0; i < 5000; ++i) {
+    held(kSmall);
+    if (i % 1000 == 0) held(kLarge);
+  }
+  v.check(held(kSmall) >= kLarge, "workspace: given back although it is in use");
+}
+
 int run() {
   Verdicts v;
+  workspaces_shrink(v);
   whole_teams(v);
   threads_that_do_not_start(v);
   bodies_that_throw(v);
