@@ -95,7 +95,7 @@ class Registrations {
   std::vector<LibraryHandle> libraries_;
 };
 
-// They live as long as the process.
+// They live as long as the process; so do all schemas, for torch keeps handles to what it called.
 Registrations& native_ops() {
   static Registrations* const made = new Registrations;
   return *made;
@@ -112,7 +112,7 @@ std::string register_ops() {
     native_ops().define(std::begin(kNativeSchemas), std::end(kNativeSchemas));
     native_ops().implement(std::begin(kImplementations), std::end(kImplementations));
 #if !defined(SEQKERNELS_HOST_EMULATION)
-    ops_on_weights().define(std::begin(kSchemas), std::end(kSchemas));
+    native_ops().define(std::begin(kSchemas), std::end(kSchemas));
     ops_on_weights().implement(std::begin(kOnWeights), std::end(kOnWeights));
 #endif
   } catch (const std::exception& e) {

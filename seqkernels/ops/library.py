@@ -18,8 +18,9 @@ LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untype
 
 
 def define(op: str) -> None:
-    """Let torch know the op's schema."""
-    LIBRARY.define(f"{op}{SCHEMAS[op]}", tags=(torch.Tag.pt2_compliant_tag,))
+    """Let torch know the op's schema, unless the native library has done so."""
+    if not torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::{op}"):
+        LIBRARY.define(f"{op}{SCHEMAS[op]}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 # Older versions of torch do not have it.

@@ -60,6 +60,7 @@ def exported(folder: Path) -> tuple[torch.export.ExportedProgram, Tensor, Tensor
 def run_python(code: str, folder: Path) -> str:
     """In a process that loads the op library and has no seqkernels."""
     start = f"import sys, torch\nsys.modules['seqkernels'] = None\nlibrary = {str(LIBRARY)!r}\n"
+    start += f"root = {str(ROOT)!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", start + textwrap.dedent(code)],
         cwd=folder,
@@ -138,6 +139,27 @@ def test_the_instruction_set_of_the_environment_counts(
     )
     assert "isa: expected one of" in told
     assert "'sse9'" in told
+
+
+def test_the_package_may_come_later(tmp_path: Path) -> None:
+    """What torch has called of the library goes on, and is Python's from then on."""
+    run_python(
+        """
+        torch.ops.load_library(library)
+        packet = torch.ops.seqkernels.linear
+        overload = packet.default
+        call = (torch.ones(1, 4), [torch.ones(2, 4), *[None] * 9], [], [], "none", 0.01, "bf16")
+        before = packet(*call, "auto")
+        del sys.modules["seqkernels"]
+        sys.path.insert(0, root)
+        import seqkernels
+        for op in (packet, overload, torch.ops.seqkernels.linear):
+            assert torch.equal(op(*call, "auto"), before)
+            assert torch.equal(op(*call, "reference"), before)  # which the library refuses
+        assert seqkernels.backends.calls["reference"] == 3
+        """,
+        tmp_path,
+    )
 
 
 @pytest.mark.exhaustive
