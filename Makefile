@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --no-loadscope-reorder
 
 # What a change to the Python code needs first; the rest runs kernels in emulation or builds.
-FAST_TESTS := tests/ops tests/nn tests/test_swap.py tests/backends --ignore tests/backends/test_cuda.py
+FAST_TESTS := tests/ops tests/nn tests/test_swap.py tests/swap tests/backends --ignore tests/backends/test_cuda.py
 
 PYTHON_FILES := setup.py seqkernels tests $(wildcard bench examples)
 TEXT_FILES := $(PYTHON_FILES) csrc CMakeLists.txt pyproject.toml .ci

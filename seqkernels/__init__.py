@@ -19,8 +19,7 @@ from seqkernels.backends import recheck_weights
 from seqkernels.errors import BackendUnavailableError
 from seqkernels.explain import Explained, Explanation, explain, warmup
 from seqkernels.precision import PrecisionDecision, PrecisionPolicy
-from seqkernels.swap import swap
-from seqkernels.swap_report import SwapReport
+from seqkernels.swap import SwapReport, swap
 
 try:
     __version__ = metadata.version("seqkernels")

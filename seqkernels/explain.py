@@ -9,34 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from seqkernels import backends, settings
-from seqkernels.backends import cpu
-from seqkernels.errors import BackendUnavailableError
-from seqkernels.nn import (
-    FusedSequential,
-    Linear,
-    ResilientBatchNorm1d,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-    UserSequenceEncoder,
-    read,
-)
-from seqkernels.nn.fused_sequential import channel_norm
-from seqkernels.ops.encoder_checks import split_mask
-from seqkernels.reference.linear import fold_reasons
-from seqkernels.swap import swap_reasons
+from seqkernels.swap.kind import Kind, Told
+from seqkernels.swap.registry import kind_of, swap_reasons
 from seqkernels.tables import as_text
 
-_ENCODERS = (UserSequenceEncoder, TransformerEncoder, TransformerEncoderLayer)
-_OURS = (*_ENCODERS, FusedSequential, Linear, ResilientBatchNorm1d)
-_STOCK = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-DEFINITION = "plain PyTorch"
 NOT_SWAPPED = "torch.nn"
 NOT_CALLED = "nothing"
-
-Why = list[tuple[str, tuple[str, ...]]]  # (other code, reasons) for each that does not run
 
 
 @dataclass(frozen=True)
@@ -109,21 +89,16 @@ def explain(module: nn.Module, *example_inputs: Any, **example_keywords: Any) ->
     calls: dict[nn.Module, dict[str, Any]] = {}
     given = bool(example_inputs or example_keywords)
     if given:
-        with _recording([m for _, m in parts], calls), evaluating(module):
+        with _recording([m for _, m, _ in parts], calls), evaluating(module):
             module(*example_inputs, **example_keywords)
     entries: list[Explained] = []
-    for name, part in parts:
-        kind = type(part)
-        type_name = f"{kind.__module__}.{kind.__qualname__}"
-        told: list[tuple[str, str, Why]]
+    for name, part, kind in parts:
+        type_name = f"{type(part).__module__}.{type(part).__qualname__}"
+        told: list[Told]
         if given and part not in calls:
             told = [(name, NOT_CALLED, [("any", ("these inputs do not reach it",))])]
-        elif isinstance(part, FusedSequential):
-            told = _explain_chains(name, part, calls.get(part, {}))
-        elif isinstance(part, Linear | ResilientBatchNorm1d):
-            told = [(name, *_explain_single(part, calls.get(part, {})))]
-        elif isinstance(part, _ENCODERS):
-            told = [(name, *_explain_encoder(part, calls.get(part, {})))]
+        elif isinstance(part, kind.ours):
+            told = kind.explain(name, part, calls.get(part, {}))
         else:
             reasons = tuple(f"swap leaves it alone: {r}" for r in swap_reasons(part))
             why = reasons or ("not swapped: seqkernels.swap(model)",)
@@ -178,12 +153,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = flag
 
 
-def _outermost(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
+def _outermost(module: nn.Module) -> list[tuple[str, nn.Module, Kind]]:
+    """The parts, with their names and kinds."""
+    found: list[tuple[str, nn.Module, Kind]] = []
     within: set[nn.Module] = set()
     for name, m in module.named_modules():
-        if isinstance(m, (*_OURS, *_STOCK)) and m not in within:
-            found.append((name, m))
+        kind = kind_of(m)
+        if kind is not None and m not in within and (kind.whole or isinstance(m, kind.ours)):
+            found.append((name, m, kind))
             within.update(m.modules())
     return found
 
@@ -207,110 +184,3 @@ def _recording(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _explain_chains(
-    name: str, sequence: FusedSequential, call: dict[str, Any]
-) -> list[tuple[str, str, Why]]:
-    """An entry for each chain, and for each member on its own that this package knows."""
-    x = call.get("input")
-    against = sequence.reasons(x if isinstance(x, Tensor) else None)
-    told: list[tuple[str, str, Why]] = []
-    for step in sequence.steps(any_mode=True):
-        norm, linear = step.output_norm, step.linear
-        if step.kind == "module" and not isinstance(linear, Linear | ResilientBatchNorm1d):
-            continue
-        members = f"{name}[{' + '.join(step.names)}]" if name else " + ".join(step.names)
-        if against:
-            told.append((members, "one by one", [("one op", tuple(against))]))
-        elif step.kind == "torch":
-            assert norm is not None
-            assert linear is not None
-            reasons = fold_reasons(channel_norm(norm))
-            folded: Why = [("norm folded into the weights", tuple(reasons))] if reasons else []
-            runs = "torch.nn.functional.linear" + ("" if reasons else ", the norm in its weights")
-            told.append((members, runs, folded))
-        else:
-            part = norm if step.kind == "norm" else linear
-            assert isinstance(part, Linear | ResilientBatchNorm1d)
-            told.append((members, *_explain_single(part, call)))
-    return told
-
-
-def _explain_single(part: Linear | ResilientBatchNorm1d, call: dict[str, Any]) -> tuple[str, Why]:
-    """A module that is one op."""
-    tensor = part.weight if isinstance(part, Linear) else part.running_mean
-    x = call.get("input")
-    if not isinstance(x, Tensor):
-        x = tensor
-    device, dtype = ("cpu", torch.float32) if x is None else (x.device.type, x.dtype)
-    op = "linear" if isinstance(part, Linear) else "resilient_batch_norm"
-    label, others = _explain_backend(backends.Problem(op, device, dtype), part.backend)
-    reasons = part.fallback_reasons()
-    return (DEFINITION, [("kernel", tuple(reasons)), *others]) if reasons else (label, others)
-
-
-def _explain_encoder(
-    encoder: UserSequenceEncoder | TransformerEncoder | TransformerEncoderLayer,
-    call: dict[str, Any],
-) -> tuple[str, Why]:
-    parameter = next(encoder.parameters())
-    x = call.get("events", call.get("src"))
-    if not isinstance(x, Tensor):
-        x = parameter
-    if isinstance(encoder, UserSequenceEncoder):
-        reasons = encoder.fallback_reasons()
-    else:
-        mask = call.get("mask", call.get("src_mask"))
-        reasons = encoder.fallback_reasons(x, mask)
-    padding_mask = call.get("src_key_padding_mask", call.get("key_padding_mask"))
-    if isinstance(padding_mask, Tensor) and split_mask(padding_mask).bias is not None:
-        reasons.append(backends.FEATURES["bias"])
-    problem = backends.Problem("encoder", x.device.type, x.dtype, read.encoder_size(encoder))
-    label, others = _explain_backend(problem, encoder.backend)
-    if reasons:
-        return DEFINITION, [("fused kernel", tuple(reasons)), *others]
-    if label == "reference" and _asked(encoder.backend) == "auto":
-        return DEFINITION, others  # torch's forward is faster than the reference
-    if isinstance(encoder, TransformerEncoder) and "src" in call:
-        others += _explain_padding(encoder, call)
-    return label, others
-
-
-def _explain_padding(encoder: TransformerEncoder, call: dict[str, Any]) -> Why:
-    """Which of its two answers torch has for this batch, where the module follows it."""
-    mask = call.get("src_key_padding_mask")
-    if encoder.padded_output != "stock" or mask is None:
-        return []
-    with torch.inference_mode():  # with gradients torch has one answer
-        taken = encoder.padding_of(call["src"], call.get("mask"), mask)
-    other = "zero" if taken == "compute" else "compute"
-    told = (
-        f"padded positions return {taken!r} for this batch, as torch.nn decides for each batch; "
-        "name padded_output='zero' or 'compute' to make them independent of the batch"
-    )
-    return [(f"padded_output={other!r}", (told,))]
-
-
-def _asked(name: str) -> str:
-    """The backend that counts where a module names this one."""
-    return settings.current.backend if name == "auto" else name
-
-
-def _explain_backend(problem: backends.Problem, name: str) -> tuple[str, Why]:
-    """The backend that runs, and every condition that each other one does not meet."""
-    asked = _asked(name)
-    try:
-        choice = backends.resolve(problem, name)
-    except BackendUnavailableError as error:
-        return f"an error: backend {asked!r} cannot run", [(asked, error.reasons)]
-    others: Why = []
-    for backend in backends.BACKENDS:
-        if backend is choice.backend:
-            if backend.name == "cpu":
-                others += [(f"cpu/{s.name}", s.reasons) for s in cpu.isa_table() if not s.chosen]
-            continue
-        reasons = [] if asked == "auto" else [f"backend {asked!r} was asked for"]
-        reasons += backend.reasons(problem)
-        others.append((backend.name, tuple(reasons or ["a faster backend runs"])))
-    return choice.label, others

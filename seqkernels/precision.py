@@ -102,6 +102,26 @@ class PrecisionPolicy:
 Policy = Callable[[str, nn.Linear], PrecisionDecision]
 
 
+def told_of_ties(policy: Policy, model: nn.Module) -> Policy:
+    """The policy for the layers of a model, told of embeddings that have a layer's weight."""
+    # A policy of the user's own decides alone.
+    if not isinstance(policy, PrecisionPolicy):
+        return policy
+    if type(policy).__call__ is not PrecisionPolicy.__call__:
+        return policy
+    tied: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and weight is not None:
+            tied.setdefault(_memory(weight), name)
+    return lambda name, layer: policy(name, layer, tied.get(_memory(layer.weight)))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What two tensors have in common if one is the other, or a view of it."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def _by_size(weight: torch.Tensor, fewest: int | None) -> PrecisionDecision:
     isa = _instruction_set(weight.dtype)
     where = f"on {isa or 'this machine'}"

@@ -165,3 +165,9 @@ class SwapReport:
 def shown(name: str, also: tuple[str, ...] = ()) -> str:
     """All names of a module."""
     return " = ".join(n or "(the model)" for n in (name, *also))
+
+
+def class_name(kind: type[nn.Module]) -> str:
+    """The full name of a class, torch's as users import them."""
+    where = "torch.nn" if getattr(nn, kind.__name__, None) is kind else kind.__module__
+    return f"{where}.{kind.__qualname__}"
