@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_readme_example(code: str) -> None:
+def test_readme_example(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where one of them saves a program
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
