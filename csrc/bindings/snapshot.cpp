@@ -2,11 +2,14 @@
 // weights are right only as long as nothing has changed.
 #include "bindings/snapshot.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "cpu/content_hash.h"
+#include "seqkernels/library.h"
 
 namespace py = pybind11;
 
@@ -104,11 +107,16 @@ class Snapshot {
   // Of `owner` and the modules within it, of class attributes (owner, name, ...), of values in
   // dictionaries (dictionary, key), of dictionaries that are empty, and of tensors: of their
   // contents, where those are few and an edit may go uncounted, else of what an edit changes. The
-  // owner is not kept alive, since it keeps the snapshot in its attribute `own`.
+  // owner is not kept alive, since it keeps the snapshot in its attribute `own`. `offset`: where in
+  // Python's object of a tensor torch keeps the tensor. Throws std::invalid_argument where a tensor
+  // is not there.
   Snapshot(const py::object& owner, const py::str& own, const py::list& modules,
            const py::list& attributes, const py::list& items, const py::list& empty,
-           const py::list& tensors, bool by_contents)
-      : owner_address_(owner.ptr()), owner_(owner.ptr(), own.ptr()), by_contents_(by_contents) {
+           const py::list& tensors, bool by_contents, size_t offset)
+      : offset_(offset),
+        owner_address_(owner.ptr()),
+        owner_(owner.ptr(), own.ptr()),
+        by_contents_(by_contents) {
     for (const py::handle module : modules) {
       if (module.ptr() == owner.ptr()) continue;
       modules_.push_back(
@@ -126,7 +134,7 @@ class Snapshot {
     for (const py::handle dict : empty) empty_.push_back(py::reinterpret_borrow<py::object>(dict));
     for (const py::handle tensor : tensors)
       tensors_.push_back(py::reinterpret_borrow<py::object>(tensor));
-    for (const py::object& tensor : tensors_) seen_.push_back(look_at(tensor.ptr()));
+    for (const py::object& tensor : tensors_) seen_.push_back(look_at(tensor));
     if (by_contents_) hash_ = content();
   }
 
@@ -156,10 +164,6 @@ class Snapshot {
     }
     for (py::object& dict : empty_) visit(dict);
     for (py::object& tensor : tensors_) visit(tensor);
-    for (Seen& seen : seen_) {
-      visit(seen.shape);
-      visit(seen.dtype);
-    }
   }
 
   void clear() {
@@ -173,12 +177,50 @@ class Snapshot {
   }
 
  private:
-  // An operation in place changes the version, `tensor.data = ...` one of the others. No reference
-  // to the tensor itself is held, which torch.utils.swap_tensors forbids.
+  // An operation in place changes the version, `tensor.data = ...` one of the others. The tensor is
+  // read where it lies in Python's object, and no reference to it is held: that would take several
+  // attributes of each of dozens of tensors, and torch.utils.swap_tensors forbids references.
   struct Seen {
-    unsigned long long version, address;
-    py::object shape, dtype;
+    unsigned long long version;
+    const void* implementation;  // that the object points to
+    const void* data;
+    std::vector<int64_t> sizes, strides;
+    int32_t dtype;
+    size_t element_bytes;
   };
+
+  const void* implementation_of(PyObject* tensor) const {
+    return *reinterpret_cast<const void* const*>(place_of(tensor));
+  }
+  char* place_of(PyObject* tensor) const { return reinterpret_cast<char*>(tensor) + offset_; }
+
+  unsigned long long version_of(PyObject* tensor) const {
+    return by_contents_ ? 0 : number(PyObject_GetAttr(tensor, version_.ptr()));
+  }
+
+  Seen look_at(const py::object& tensor) const {
+    const auto known = attribute(tensor.ptr(), py::str("_cdata"));
+    const void* const implementation = implementation_of(tensor.ptr());
+    if (PyLong_AsVoidPtr(known.ptr()) != implementation)
+      throw std::invalid_argument("tensors: expected those that lie in Python's objects");
+    const TensorFacts f = facts_of(place_of(tensor.ptr()));
+    return {version_of(tensor.ptr()),
+            implementation,
+            f.data,
+            {f.sizes, f.sizes + f.dim},
+            {f.strides, f.strides + f.dim},
+            f.dtype,
+            static_cast<size_t>(number(PyObject_GetAttr(tensor.ptr(), py::str("itemsize").ptr())))};
+  }
+
+  bool is_as_seen(PyObject* tensor, const Seen& seen) const {
+    if (implementation_of(tensor) != seen.implementation) return false;
+    const TensorFacts f = facts_of(place_of(tensor));
+    return f.data == seen.data && f.dtype == seen.dtype &&
+           std::equal(f.sizes, f.sizes + f.dim, seen.sizes.begin(), seen.sizes.end()) &&
+           std::equal(f.strides, f.strides + f.dim, seen.strides.begin(), seen.strides.end()) &&
+           version_of(tensor) == seen.version;
+  }
 
   bool is_as_it_was(const py::object& owner) const {
     if (owner.ptr() != owner_address_ || !owner_.is(owner.ptr())) return false;
@@ -195,34 +237,22 @@ class Snapshot {
       if (!attribute(a.owner.ptr(), a.name).is(a.value)) return false;
     }
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      PyObject* const tensor = tensors_[i].ptr();
-      const Seen& seen = seen_[i];
-      if (called(tensor, data_ptr_) != seen.address ||
-          !attribute(tensor, shape_).equal(seen.shape) ||
-          !attribute(tensor, dtype_).is(seen.dtype) || called(tensor, is_contiguous_) == 0) {
-        return false;
-      }
-      if (!by_contents_ && number(PyObject_GetAttr(tensor, version_.ptr())) != seen.version)
-        return false;
+      if (!is_as_seen(tensors_[i].ptr(), seen_[i])) return false;
     }
     return !by_contents_ || content() == hash_;
   }
 
-  Seen look_at(PyObject* tensor) const {
-    const unsigned long long version =
-        by_contents_ ? 0 : number(PyObject_GetAttr(tensor, version_.ptr()));
-    return {version, called(tensor, data_ptr_), attribute(tensor, shape_),
-            attribute(tensor, dtype_)};
-  }
-
   uint64_t content() const {
     std::vector<cpu::MemoryBlock> blocks;
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const auto bytes = called(tensors_[i].ptr(), nbytes_, false);
-      blocks.push_back(
-          {reinterpret_cast<const void*>(static_cast<uintptr_t>(seen_[i].address)), bytes});
-    }
+    for (const Seen& seen : seen_) blocks.push_back({seen.data, bytes_of(seen)});
     return cpu::content_hash(blocks);
+  }
+
+  // Of a contiguous tensor.
+  static size_t bytes_of(const Seen& seen) {
+    size_t bytes = seen.element_bytes;
+    for (const int64_t n : seen.sizes) bytes *= static_cast<size_t>(n);
+    return bytes;
   }
 
   static py::object attribute(PyObject* object, const py::object& name) {
@@ -230,18 +260,14 @@ class Snapshot {
     if (!found) throw py::error_already_set();
     return found;
   }
-  static unsigned long long called(PyObject* object, const py::str& name, bool is_method = true) {
-    return number(is_method ? PyObject_CallMethodNoArgs(object, name.ptr())
-                            : PyObject_GetAttr(object, name.ptr()));
-  }
   static unsigned long long number(PyObject* given) {
     const auto owned = py::reinterpret_steal<py::object>(given);
     if (!owned) throw py::error_already_set();
     return PyLong_AsUnsignedLongLongMask(owned.ptr());
   }
 
-  const py::str version_{"_version"}, data_ptr_{"data_ptr"}, shape_{"shape"}, dtype_{"dtype"},
-      is_contiguous_{"is_contiguous"}, nbytes_{"nbytes"};
+  const py::str version_{"_version"};
+  const size_t offset_;
   const void* owner_address_;
   Module owner_;
   bool by_contents_;
@@ -279,9 +305,10 @@ void bind_snapshot(py::module_& m) {
   });
   py::class_<Snapshot>(m, "Snapshot", collected, "What packed weights depend on, as it was.")
       .def(py::init<const py::object&, const py::str&, const py::list&, const py::list&,
-                    const py::list&, const py::list&, const py::list&, bool>(),
+                    const py::list&, const py::list&, const py::list&, bool, size_t>(),
            py::arg("owner"), py::arg("own"), py::arg("modules"), py::arg("attributes"),
-           py::arg("items"), py::arg("empty"), py::arg("tensors"), py::arg("by_contents"))
+           py::arg("items"), py::arg("empty"), py::arg("tensors"), py::arg("by_contents"),
+           py::arg("offset"))
       .def("holds", &Snapshot::holds, py::arg("owner"), "Whether nothing has changed.");
 }
 

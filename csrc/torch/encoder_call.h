@@ -40,6 +40,10 @@ inline EncoderShape shape_of(const HostWeights& weights, const EncoderOptions& o
   shape.dim_feedforward = static_cast<int>(weights[4]->size(0));
   shape.num_layers = static_cast<int>(layers);
   shape.has_final_norm = extra == 2;
+  if (shape.nhead < 1 || shape.d_model % shape.nhead != 0) {
+    refuse("encoder", "nhead: expected a divisor of d_model = " + std::to_string(shape.d_model) +
+                          ", got " + std::to_string(shape.nhead));
+  }
   const int64_t d = shape.d_model, f = shape.dim_feedforward;
   const std::vector<int64_t> expected[kPerLayer] = {{3 * d, d}, {3 * d}, {d, d}, {d}, {f, d}, {f},
                                                     {d, f},     {d},     {d},    {d}, {d},    {d}};
@@ -173,8 +177,13 @@ inline EncoderCall call_of(const EncoderTensors& t, const Tensor& out) {
     call.users = t.x.size(0);
   }
   if (t.computes_padding) {
-    check_on(t.op(), "computes_padding", *t.computes_padding, t.x.device_type(),
-             t.x.device_index());
+    const Tensor& flag = *t.computes_padding;
+    check_on(t.op(), "computes_padding", flag, t.x.device_type(), t.x.device_index());
+    const int32_t dtype = flag.dtype();
+    const bool is_byte =
+        dtype == torch.aoti_torch_dtype_bool() || dtype == torch.aoti_torch_dtype_uint8();
+    if (!is_byte || flag.dim() != 1 || flag.size(0) != 1)
+      refuse(t.op(), "computes_padding: expected [1] bool or uint8, got " + flag.shape());
     call.computes_padding = t.computes_padding->data<uint8_t>();
   }
   call.out = out.mutable_data<void>();

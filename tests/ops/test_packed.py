@@ -87,6 +87,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "lengths: expected None beside key_padding_mask",
     ),
     "lengths": (MODEL, {"lengths": torch.tensor([1, 2])}, "lengths: expected shape [B]"),
+    "flag": (MODEL, {"computes_padding": torch.zeros(0)}, "computes_padding: expected [1] bool"),
     "a length": (MODEL, {"lengths": torch.tensor([1, 2, 8])}, "lengths: expected values in 0 .. 7"),
     "a negative one": (MODEL, {"lengths": torch.tensor([1, -2, 3])}, "got -2 at index 1"),
 }
@@ -130,7 +131,7 @@ def test_a_weight_of_another_shape(index: int) -> None:
     given = flat[index]
     assert given is not None
     flat[index] = given[..., :-1]
-    with pytest.raises(ValueError, match=r"another shape|matrices"):
+    with pytest.raises(ValueError, match=r"another shape|matrices|divisor"):
         OPS.pack_encoder(flat, *OPTIONS, "portable")
 
 
@@ -141,6 +142,9 @@ def test_packing_takes_any_layout_and_dtype() -> None:
     assert torch.equal(OPS.pack_encoder(views, *OPTIONS, "portable")[1], plain)
     with pytest.raises(ValueError, match="activation: expected one of"):
         OPS.pack_encoder(weights(), *OPTIONS._replace(activation="swish"), "portable")
+    for nhead in (0, -2, 5):
+        with pytest.raises(ValueError, match="nhead: expected a divisor of d_model = 24"):
+            OPS.pack_encoder(weights(), *OPTIONS._replace(nhead=nhead), "portable")
     with pytest.raises(ValueError, match="isa: expected one of"):
         OPS.pack_encoder(weights(), *OPTIONS, "sse9")
 
