@@ -136,17 +136,20 @@ def keep(
         return
     weights.watch_optimizers()
     epoch, now = weights.epoch, settings.current
-    snapshot = native.Snapshot(
-        owner,
-        "_packed_weights",
-        list(parts),
-        read.watched,
-        [(torch.backends.mha.__dict__, "_is_fastpath_enabled")],
-        read.watched_hooks(),
-        present,
-        by_contents,
-        offset,
-    )
+    try:
+        snapshot = native.Snapshot(
+            owner,
+            "_packed_weights",
+            list(parts),
+            read.watched,
+            [(torch.backends.mha.__dict__, "_is_fastpath_enabled")],
+            read.watched_hooks(),
+            present,
+            by_contents,
+            offset,
+        )
+    except (ValueError, RuntimeError):  # a tensor that is not at its place, or became another
+        return
     made = make()
     if made is None:
         return

@@ -215,6 +215,17 @@ def test_a_module_that_is_never_the_same_is_left_alone() -> None:
     assert not is_ready(module, x)
 
 
+def test_tensors_that_are_not_at_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that keeps tensors elsewhere costs the short way, and nothing else."""
+    for offset in (24, None):
+        monkeypatch.setattr("seqkernels.nn.ready._tensor_offset", lambda found=offset: found)
+        module, x = encoder(), torch.randn(3, 5, D)
+        expected = run(encoder(), x)
+        for _ in range(3):
+            assert torch.equal(run(module, x), expected)
+        assert module._packed.ready is None
+
+
 def test_nothing_keeps_a_module_alive() -> None:
     module, x = encoder(), torch.randn(3, 5, D)
     run(module, x)
