@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
     padded_output: str | None = None
 
 
-class Kind:
+class Kind(ABC):
     """One kind of module; a subclass for each, an instance of it in `registry.KINDS`.
 
     Attributes
@@ -99,9 +100,9 @@ class Kind:
         """Why a module that could be replaced shall not be; the last word before the changes."""
         return []
 
+    @abstractmethod
     def replace(self, module: Any, name: str, job: Job) -> Outcome | None:
         """Give a module our class, within ``job.report.changing``; None if it stayed after all."""
-        raise NotImplementedError
 
     # --- explain ----------------------------------------------------------------------------------
 

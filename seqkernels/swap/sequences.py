@@ -16,14 +16,14 @@ from seqkernels.swap.linears import Linears
 
 
 class Sequences(Kind):
-    """One with a chain that can be fused. One that stays is no news: its members are told of."""
+    """Those with a chain that can be fused; of the others only the members are reported."""
 
     replaces = (nn.Sequential,)
     ours = (FusedSequential,)
     stage = 2  # what a chain can be depends on its members' classes
 
     def considers(self, module: nn.Module, job: Job) -> bool:
-        """Only what can be replaced."""
+        """Only a plain one, whose own forward would run."""
         return type(module) is nn.Sequential and "forward" not in module.__dict__
 
     def replace(self, module: nn.Module, name: str, job: Job) -> Outcome | None:
