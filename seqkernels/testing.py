@@ -401,19 +401,7 @@ class EncoderCase:
             weights=self._weights(),
             key_padding_mask=None if mask is None else _lay_out(mask, self.layout),
             lengths=lengths,
-            options={
-                "nhead": self.nhead,
-                "activation": self.activation,
-                "negative_slope": self.negative_slope,
-                "norm_first": self.norm_first,
-                "layer_norm_eps": self.layer_norm_eps,
-                "final_norm_eps": self.final_norm_eps,
-                "fusion": self.fusion,
-                "padding": self.padding,
-                "order": self.order,
-                "latest_k": self.latest_k,
-                "pool": self.pool,
-            },
+            options={name: getattr(self, name) for name in EncoderOptions._fields},
         )
 
     def golden(self) -> Tensor:

@@ -35,11 +35,8 @@ class EncoderCall(NamedTuple):
 
     def new_output(self) -> Tensor:
         """The result, not filled: [B, L', D] or [B, latest_k * D (+ D)]."""
-        rows = None if self.candidate is None else self.candidate.shape[0]
-        is_request = self.user_index is not None
-        return new_encoder_output(
-            self.x, self.weight_set.shape.d_model, self.options, rows if is_request else None
-        )
+        candidates = None if self.user_index is None else self.user_index.shape[0]
+        return new_encoder_output(self.x, self.weight_set.shape.d_model, self.options, candidates)
 
     def is_empty(self) -> bool:
         """Whether there are no sequences, or only some without events."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from seqkernels import settings
 from seqkernels.backends import native_module
 from seqkernels.backends.call import EncoderCall, LinearCall, ResilientBatchNormCall
-from seqkernels.backends.problem import Capability, Problem
+from seqkernels.backends.problem import Capability, KernelBackend
 from seqkernels.backends.weights import WeightSet
 from seqkernels.options import EncoderOptions, LinearOptions, ResilientBatchNormOptions
 
@@ -65,29 +65,25 @@ def isa_table() -> tuple[IsaStatus, ...]:
     return () if module is None else _isa_table(module, settings.current.isa)
 
 
-class CpuBackend:
+class CpuBackend(KernelBackend):
     """Runs the native kernels."""
 
     name = "cpu"
     devices: tuple[str, ...] = ("cpu",)
+    tensors = "CPU tensors"
     ops: Any = torch.ops.seqkernels
     capabilities = dict.fromkeys(
         ("encoder", "request_scoring", "linear", "resilient_batch_norm"), Capability()
     )
 
-    def reasons(self, problem: Problem) -> list[str]:
-        """Every reason why it cannot run a problem, empty if it can."""
-        reasons = []
+    def missing(self) -> list[str]:
+        """Why there are no kernels, or none that can run."""
         if native_module.module is None:
-            reasons.append(native_module.import_error or "the native module is missing")
-        elif not self.variant():
-            reasons.append(
-                "no instruction set can run: "
-                + "; ".join(f"{s.name}: {', '.join(s.reasons)}" for s in isa_table())
-            )
-        if problem.device != "cpu":
-            reasons.append(f"tensors on {problem.device}, it takes CPU tensors")
-        return reasons + self.capabilities[problem.op].reasons(problem)
+            return [native_module.import_error or "the native module is missing"]
+        if self.variant():
+            return []
+        sets = "; ".join(f"{s.name}: {', '.join(s.reasons)}" for s in isa_table())
+        return [f"no instruction set can run: {sets}"]
 
     def variant(self) -> str:
         """The instruction set in use, "" if there is none."""

@@ -10,16 +10,17 @@ from torch import Tensor
 from seqkernels.backends import gpu, native_module
 from seqkernels.backends.call import EncoderCall, LinearCall, ResilientBatchNormCall
 from seqkernels.backends.cpu import run_encoder
-from seqkernels.backends.problem import Capability, EncoderSize, Problem
+from seqkernels.backends.problem import Capability, EncoderSize, KernelBackend
 
 _NO_LINEAR = "there is no CUDA kernel for linear layers; torch's own is as fast"
 
 
-class CudaBackend:
+class CudaBackend(KernelBackend):
     """Runs the native CUDA kernels."""
 
     name = "cuda"
     devices: tuple[str, ...] = ("cuda",)
+    tensors = "CUDA tensors"
     ops: Any = torch.ops.seqkernels
 
     def __init__(self) -> None:
@@ -28,21 +29,12 @@ class CudaBackend:
             "encoder": encoder,
             "request_scoring": encoder,
             "resilient_batch_norm": Capability(),
-            "linear": Capability(),
+            "linear": Capability(missing=_NO_LINEAR),
         }
 
-    def reasons(self, problem: Problem) -> list[str]:
-        """Every reason why it cannot run a problem, empty if it can."""
-        reasons = []
-        if self.kernels() is None:
-            reasons.append(not_built_reason())
-        if problem.device not in self.devices:
-            reasons.append(f"tensors on {problem.device}, it takes CUDA tensors")
-        reasons += self.device_reasons()
-        reasons += self.capabilities[problem.op].reasons(problem)
-        if problem.op == "linear":
-            reasons.append(_NO_LINEAR)
-        return reasons
+    def missing(self) -> list[str]:
+        """Why there are no kernels."""
+        return [not_built_reason()] if self.kernels() is None else []
 
     def _against_size(self, size: EncoderSize) -> list[str]:
         kernels = self.kernels()
@@ -86,7 +78,7 @@ class CudaBackend:
         )
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
-        """There is none: `reasons` says so."""
+        """Never called: its `Capability` is missing."""
         raise AssertionError(_NO_LINEAR)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
+from seqkernels.reference.encoder import IGNORED_BELOW
+
 #: What a call may ask for beyond sizes and dtypes, as a reason against a backend without it.
 FEATURES = {
-    "bias": "key_padding_mask holds values other than 0 and those below -9000.0, which are added "
-    "to the scores",
+    "bias": f"key_padding_mask holds values other than 0 and those below {IGNORED_BELOW}, which "
+    "are added to the scores",
 }
 
 
@@ -43,6 +46,7 @@ class Capability(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     features: tuple[str, ...] = ()
     against_size: Callable[[EncoderSize], list[str]] = _takes_all
+    missing: str = ""  # why there is no kernel, whatever the problem
 
     def reasons(self, problem: Problem) -> list[str]:
         """Why they do not take this problem, empty if they do."""
@@ -53,4 +57,27 @@ class Capability(NamedTuple):
         reasons += [FEATURES[name] for name in problem.features if name not in self.features]
         if problem.size is not None:
             reasons += self.against_size(problem.size)
-        return reasons
+        return [*reasons, self.missing] if self.missing else reasons
+
+
+class KernelBackend(ABC):
+    """What the backends with kernels of their own have in common."""
+
+    devices: tuple[str, ...]  # types of the devices it has kernels for
+    tensors: str  # these devices' tensors, in words
+    capabilities: Mapping[str, Capability]  # of each op
+
+    @abstractmethod
+    def missing(self) -> list[str]:
+        """Why there are no kernels at all, empty if there are."""
+
+    def device_reasons(self) -> list[str]:
+        """Why the current device, if there is one, cannot run them."""
+        return []
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """Every reason why it cannot run a problem, empty if it can."""
+        reasons = self.missing()
+        if problem.device not in self.devices:
+            reasons.append(f"tensors on {problem.device}, it takes {self.tensors}")
+        return reasons + self.device_reasons() + self.capabilities[problem.op].reasons(problem)

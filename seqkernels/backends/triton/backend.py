@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import metadata
-from typing import ClassVar
 
 from torch import Tensor
 
 from seqkernels.backends import gpu
 from seqkernels.backends.call import EncoderCall, LinearCall, ResilientBatchNormCall
-from seqkernels.backends.problem import Capability, Problem
+from seqkernels.backends.problem import Capability, KernelBackend
 from seqkernels.backends.triton import batch_norm, encoder
 
 _NO_LINEAR = "there is no Triton kernel for linear layers; torch's own is as fast"
@@ -21,28 +21,22 @@ _LOWEST = (3, 6)  # with which the tests pass
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
 
 
-class TritonBackend:
+class TritonBackend(KernelBackend):
     """Runs the Triton kernels on NVIDIA and AMD GPUs."""
 
     name = "triton"
     devices: tuple[str, ...] = ("cuda",)  # torch calls AMD GPUs so too
-    capabilities: ClassVar = {
+    tensors = "CUDA tensors"
+    capabilities: Mapping[str, Capability] = {
         "encoder": Capability(against_size=encoder.against_size),
         "request_scoring": Capability(against_size=encoder.against_size),
         "resilient_batch_norm": Capability(),
-        "linear": Capability(),
+        "linear": Capability(missing=_NO_LINEAR),
     }
 
-    def reasons(self, problem: Problem) -> list[str]:
-        """Every reason why it cannot run a problem, empty if it can."""
-        reasons = list(unmet_by_triton())
-        if problem.device not in self.devices:
-            reasons.append(f"tensors on {problem.device}, it takes CUDA tensors")
-        reasons += self.device_reasons()
-        reasons += self.capabilities[problem.op].reasons(problem)
-        if problem.op == "linear":
-            reasons.append(_NO_LINEAR)
-        return reasons
+    def missing(self) -> list[str]:
+        """Why there are no kernels."""
+        return list(unmet_by_triton())
 
     def device_reasons(self) -> list[str]:
         """Why torch's current GPU, if there is one, cannot run them."""
@@ -70,7 +64,7 @@ class TritonBackend:
             return batch_norm.run(call)
 
     def linear(self, call: LinearCall, variant: str) -> Tensor:
-        """There is none: `reasons` says so."""
+        """Never called: its `Capability` is missing."""
         raise AssertionError(_NO_LINEAR)
 
 
