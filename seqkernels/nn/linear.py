@@ -117,15 +117,8 @@ class Linear(Owner, nn.Linear):
         node = as_fx_leaf(self, input)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        if (
-            self.training
-            or read.wants_plain_operations()
-            or read.computed_weight_reasons(self)
-            or read.class_reasons(nn.Linear)
-            or input.is_nested
-            or input.layout is not torch.strided
-        ):
-            reasons = self.fallback_reasons(input)
+        reasons = self.fallback_reasons(input)
+        if reasons:
             # Training with gradients is what the definition is for, not a fallback.
             if not (self.training and torch.is_grad_enabled()):
                 backends.report_fallback("linear", self.backend, reasons)

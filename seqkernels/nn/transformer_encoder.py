@@ -167,20 +167,17 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
         node = as_fx_leaf(self, src, mask, src_key_padding_mask, is_causal)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        reasons: Sequence[str] = self._call_reasons(src, mask, bool(is_causal))
-        if not reasons:
-            why: list[str] = []
-            now = read.read_encoder(self, LAYER_TYPES, why)
-            if now is None or why:
-                reasons = why
-            else:
-                padding = self._padding(src, mask)
-                out = run_op(self, src, src_key_padding_mask, now, padding)
-                if isinstance(out, Tensor):
-                    if not now.norm_outside:
-                        keep_encoder(self, src, now, lambda: self._read(src))
-                    return self.norm(out) if now.norm_outside else out  # type: ignore[misc]
-                reasons = out
+        why: list[str] = []
+        reasons: Sequence[str] = why
+        found = self._read(src, mask, bool(is_causal), why)
+        if found is not None:
+            now, padding = found
+            out = run_op(self, src, src_key_padding_mask, now, padding)
+            if isinstance(out, Tensor):
+                if not now.norm_outside:
+                    keep_encoder(self, src, now, lambda: self._read(src, None, False, []))
+                return self.norm(out) if now.norm_outside else out  # type: ignore[misc]
+            reasons = out
         if src.is_nested:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         check_causal(mask, is_causal)
@@ -193,11 +190,15 @@ class TransformerEncoder(EncoderModule, nn.TransformerEncoder):
         read.read_encoder(self, LAYER_TYPES, reasons, any_mode=self.training)
         return reasons
 
-    def _read(self, src: Tensor) -> tuple[read.Encoder, str] | None:
-        """The op's arguments and padding for a call without a mask, if the op takes it."""
-        why = self._call_reasons(src, None, False)
-        now = read.read_encoder(self, LAYER_TYPES, why)
-        return None if now is None or why else (now, self._padding(src, None))
+    def _read(
+        self, src: Tensor, mask: Tensor | None, is_causal: bool, reasons: list[str]
+    ) -> tuple[read.Encoder, str] | None:
+        """The op's arguments and padding for a call; without them, `reasons` gets the reasons."""
+        reasons += self._call_reasons(src, mask, is_causal)
+        if reasons:
+            return None
+        now = read.read_encoder(self, LAYER_TYPES, reasons)
+        return None if now is None or reasons else (now, self._padding(src, mask))
 
     def padding_of(
         self, src: Tensor, mask: Tensor | None, src_key_padding_mask: Tensor | None

@@ -165,29 +165,30 @@ device, dtype
         node = as_fx_leaf(self, src, src_mask, src_key_padding_mask, is_causal)
         if node is not None:
             return node  # type: ignore[no-any-return]
-        reasons: Sequence[str] = self._call_reasons(src, src_mask, is_causal)
-        if not reasons:
-            why: list[str] = []
-            now = read.read_single_layer(self, why)
-            if now is None or why:
-                reasons = why
-            else:
-                out = run_op(self, src, src_key_padding_mask, now, self.padded_output)
-                if isinstance(out, Tensor):
-                    keep_encoder(self, src, now, lambda: self._read(src))
-                    return out
-                reasons = out
+        why: list[str] = []
+        reasons: Sequence[str] = why
+        found = self._read(src, src_mask, is_causal, why)
+        if found is not None:
+            out = run_op(self, src, src_key_padding_mask, *found)
+            if isinstance(out, Tensor):
+                keep_encoder(self, src, found[0], lambda: self._read(src, None, False, []))
+                return out
+            reasons = out
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         check_causal(src_mask, is_causal)
         self._report(reasons)
         return self._fall_back(src, src_mask, src_key_padding_mask, is_causal)
 
-    def _read(self, src: Tensor) -> tuple[read.Encoder, str] | None:
-        """The op's arguments and padding for a call without a mask, if the op takes it."""
-        why = self._call_reasons(src, None, False)
-        now = read.read_single_layer(self, why)
-        return None if now is None or why else (now, self.padded_output)
+    def _read(
+        self, src: Tensor, src_mask: Tensor | None, is_causal: bool, reasons: list[str]
+    ) -> tuple[read.Encoder, str] | None:
+        """The op's arguments and padding for a call; without them, `reasons` gets the reasons."""
+        reasons += self._call_reasons(src, src_mask, is_causal)
+        if reasons:
+            return None
+        now = read.read_single_layer(self, reasons)
+        return None if now is None or reasons else (now, self.padded_output)
 
     def fallback_reasons(
         self, src: Tensor | None = None, src_mask: Tensor | None = None
