@@ -1,4 +1,4 @@
-// The pybind11 module `seqkernels._native`: what of the library is no op.
+// The pybind11 module `seqkernels._native`: the parts of the library that are not ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// What of the CUDA kernels is no op.
+// The parts of the CUDA kernels that are not ops.
 #include "bindings/cuda.h"
 
 #include <pybind11/stl.h>

@@ -62,9 +62,9 @@ class Contents {
 // torch's.
 class Module {
  public:
-  Module(PyObject* module, PyObject* own) : type_(Py_TYPE(module)) {
+  Module(PyObject* module, PyObject* own)
+      : type_(Py_TYPE(module)), attributes_(attributes_of(module).ptr(), own) {
     const py::object dict = attributes_of(module);
-    attributes_.emplace_back(dict.ptr(), own);
     for (const char* name :
          {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}) {
       PyObject* const inner = PyDict_GetItemString(dict.ptr(), name);
@@ -76,7 +76,7 @@ class Module {
   bool is(PyObject* module) const {
     if (Py_TYPE(module) != type_) return false;
     const py::object dict = attributes_of(module);
-    if (!attributes_[0].are_in(dict.ptr())) return false;
+    if (!attributes_.are_in(dict.ptr())) return false;
     for (const auto& [inner, contents] : inner_) {
       if (!contents.are_in(inner.ptr())) return false;
     }
@@ -85,7 +85,7 @@ class Module {
 
   template <class Visit>
   void each(Visit visit) {
-    for (Contents& contents : attributes_) contents.each(visit);
+    attributes_.each(visit);
     for (auto& [inner, contents] : inner_) {
       visit(inner);
       contents.each(visit);
@@ -94,7 +94,7 @@ class Module {
 
  private:
   PyTypeObject* type_;
-  std::vector<Contents> attributes_;  // one
+  Contents attributes_;
   std::vector<std::pair<py::object, Contents>> inner_;
 };
 
@@ -303,7 +303,7 @@ void bind_snapshot(py::module_& m) {
       return 0;
     };
   });
-  py::class_<Snapshot>(m, "Snapshot", collected, "What packed weights depend on, as it was.")
+  py::class_<Snapshot>(m, "Snapshot", collected, "A record of all that packed weights depend on.")
       .def(py::init<const py::object&, const py::str&, const py::list&, const py::list&,
                     const py::list&, const py::list&, const py::list&, bool, size_t>(),
            py::arg("owner"), py::arg("own"), py::arg("modules"), py::arg("attributes"),

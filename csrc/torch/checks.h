@@ -113,4 +113,28 @@ Record from_bytes(const std::string& op, const Tensor& bytes) {
   refuse(op, "model: expected what pack_" + op + " of this version returned");
 }
 
+// The results of pack_<op>.
+template <class Model>
+void return_packed(Value* stack, const Model& model, Tensor packed) {
+  stack[0] = as_bytes(model).release();
+  stack[1] = packed.release();
+}
+
+// The arguments of <op>_packed for an op of one input.
+template <class Model>
+struct PackedCall {
+  Tensor x;
+  Model model;
+  Tensor packed;
+};
+
+template <class Model>
+PackedCall<Model> take_packed_call(const std::string& op, const Value* stack) {
+  Arguments arguments(stack);
+  Tensor x = arguments.tensor();
+  const Tensor bytes = arguments.tensor();
+  Tensor packed = arguments.tensor();
+  return {std::move(x), from_bytes<Model>(op, bytes), std::move(packed)};
+}
+
 }  // namespace seqkernels::torch_abi

@@ -78,8 +78,7 @@ void pack_encoder_cuda(Value* stack, uint64_t, uint64_t) {
   Tensor packed = host_bytes(model.packed_bytes);
   cuda::pack_encoder(model.shape, parameters_of(made.weights, model.shape),
                      packed.mutable_data<void>());
-  stack[0] = as_bytes(model).release();
-  stack[1] = packed.release();
+  return_packed(stack, model, std::move(packed));
 }
 
 void encoder_packed_cuda(Value* stack, uint64_t, uint64_t) {

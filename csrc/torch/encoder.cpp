@@ -89,8 +89,7 @@ void pack_encoder(Value* stack, uint64_t, uint64_t) {
   PackedEncoder made = take_weights(stack, true);
   made.model.isa = runnable_isa(made.isa);
   Tensor packed = pack(made.model, made.weights);
-  stack[0] = as_bytes(made.model).release();
-  stack[1] = packed.release();
+  return_packed(stack, made.model, std::move(packed));
 }
 
 void encoder_packed(Value* stack, uint64_t, uint64_t) {

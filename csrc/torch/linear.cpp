@@ -64,6 +64,7 @@ Tensor pack(LinearModel& model, const HostWeights& weights) {
 }
 
 Tensor run(Tensor x, const LinearModel& model, const Tensor& packed) {
+  check_packed("linear", packed, model.packed_bytes);
   const int64_t dim = x.dim(), in = model.shape.in_features;
   const int64_t out_features = model.shape.out_features;
   if (dim == 0 || x.size(dim - 1) != in) {
@@ -101,17 +102,11 @@ void pack_linear(Value* stack, uint64_t, uint64_t) {
   LinearModel model = model_of(weights, options);
   model.isa = runnable_isa(isa);
   Tensor packed = pack(model, weights);
-  stack[0] = as_bytes(model).release();
-  stack[1] = packed.release();
+  return_packed(stack, model, std::move(packed));
 }
 
 void linear_packed(Value* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  Tensor x = arguments.tensor();
-  const Tensor bytes = arguments.tensor();
-  const Tensor packed = arguments.tensor();
-  const LinearModel model = from_bytes<LinearModel>("linear", bytes);
-  check_packed("linear", packed, model.packed_bytes);
+  auto [x, model, packed] = take_packed_call<LinearModel>("linear", stack);
   stack[0] = run(std::move(x), model, packed).release();
 }
 

@@ -42,16 +42,11 @@ void pack_resilient_batch_norm(Value* stack, uint64_t, uint64_t) {
   NormModel model = model_of(weights, options);
   model.isa = runnable_isa(isa);
   Tensor packed = pack(model, weights);
-  stack[0] = as_bytes(model).release();
-  stack[1] = packed.release();
+  return_packed(stack, model, std::move(packed));
 }
 
 void resilient_batch_norm_packed(Value* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  Tensor x = arguments.tensor();
-  const Tensor bytes = arguments.tensor();
-  const Tensor packed = arguments.tensor();
-  const NormModel model = from_bytes<NormModel>(kBatchNorm, bytes);
+  auto [x, model, packed] = take_packed_call<NormModel>(kBatchNorm, stack);
   stack[0] = run(std::move(x), model, packed).release();
 }
 
