@@ -255,7 +255,7 @@ def test_fork_after_use(isa: str) -> None:
 
 
 def run_into(problem: EncoderProblem, out: Tensor, isa: str) -> None:
-    """The native op alone, writing where it is told to."""
+    """Run the native op alone, writing its result into `out`."""
     ops = torch.ops.seqkernels
     options = EncoderOptions(**problem.options)
     tensors = (problem.x, problem.candidate, None, problem.key_padding_mask, problem.lengths, None)

@@ -212,7 +212,7 @@ void workspaces_that_are_refused(Verdicts& v) {
   });
 }
 
-// A long request's memory is given back once nobody needs it, and not before.
+// A thread frees the workspace of a large request after enough small requests, and no sooner.
 void workspaces_shrink(Verdicts& v) {
   constexpr size_t kLarge = size_t{16} << 20, kSmall = 4096;
   const auto held = [](size_t bytes) { return malloc_usable_size(cpu::thread_workspace(bytes)); };
